@@ -1,0 +1,1 @@
+"""Benchmarks and demonstrations of pallas_attn; never imported by the library."""

@@ -1,0 +1,1 @@
+"""A small byte-level language model served with continuous batching from a paged (FP8) KV cache."""

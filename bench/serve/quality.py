@@ -1,0 +1,122 @@
+"""What is measured of each variant: held-out bits per byte, agreement with the dense model, size and speed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.serve import model
+from bench.serve.display import Display
+from bench.serve.engine import Limits, Request, Server, Stats, Variant, interference
+from bench.serve.text import held_out_text, windows
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The traffic to serve and the text to score, all of it held out."""
+
+    requests: int = 24
+    windows: int = 16
+    alone: int = 3  # requests that are served a second time, alone
+    seed: int = 0
+
+    def traffic(self) -> list[Request]:
+        """Requests with prompts of 20 to 400 bytes for 32 to 96 new ones, about one arrival every 4 steps."""
+        rng, text = np.random.default_rng(self.seed), held_out_text()
+        arrivals = np.cumsum(rng.poisson(4, self.requests))
+        lengths, new = rng.integers(20, 401, self.requests), rng.integers(32, 97, self.requests)
+        starts = rng.integers(0, len(text) - 400, self.requests)
+        rows = zip(starts.tolist(), lengths.tolist(), new.tolist(), arrivals.tolist(), strict=True)
+        return [Request(text[start : start + size].tobytes(), count, at) for start, size, count, at in rows]
+
+    def passages(self, config: model.Config) -> np.ndarray:
+        """Windows to score, uint8 [windows, context]."""
+        return windows(held_out_text(), self.windows, config.context)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The measurements of a variant.
+
+    bits: bits per byte of the held-out windows, each byte after the first of its window.
+    matching: share of the served tokens that are the dense model's greedy choice after the same preceding tokens.
+    prefix: mean over the requests of the share of their new tokens before they first leave the dense model's own
+      greedy continuation.
+    """
+
+    variant: Variant
+    bits: float
+    matching: float
+    prefix: float
+    bytes_per_token: float
+    compile_seconds: float
+    stats: Stats
+    served: list[Request]
+    disturbed: int
+
+
+class Yardstick:
+    """The dense float32 model on the same text."""
+
+    def __init__(self, params: model.Params, config: model.Config):
+        self.config = config
+        self.forward = jax.jit(lambda rows: jax.lax.map(lambda row: model.dense(params, row, config)[0], rows))
+
+    def bits(self, passages: np.ndarray) -> float:
+        """Bits per byte of the windows."""
+        log_p = jax.nn.log_softmax(self.forward(jnp.asarray(passages, jnp.int32)))
+        picked = np.take_along_axis(np.asarray(log_p)[:, :-1], passages[:, 1:, None].astype(int), -1)
+        return float(-picked.mean(dtype=np.float64) / math.log(2))
+
+    def agreement(self, served: list[Request]) -> tuple[float, float]:
+        """(matching, prefix) of `Result`.
+
+        One forward over prompt and continuation gives both: up to the first token that differs, the two have the
+        same past, so the served tokens are the dense model's own continuation.
+        """
+        rows = np.zeros((len(served), self.config.context), np.int32)
+        for row, request in zip(rows, served, strict=True):
+            row[: len(request.tokens)] = request.tokens
+        choices = np.asarray(jnp.argmax(self.forward(rows), -1))
+        equal, prefixes = [], []
+        for row, request in zip(choices, served, strict=True):
+            first = len(request.prompt)
+            same = row[first - 1 : request.target - 1] == np.array(request.tokens[first:])
+            equal.append(same)
+            prefixes.append(np.cumprod(same).mean())
+        return float(np.concatenate(equal).mean()), float(np.mean(prefixes))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measures variants of one model under one workload."""
+
+    params: model.Params
+    config: model.Config
+    limits: Limits
+    work: Workload
+    yardstick: Yardstick
+    display: Display
+
+    def measure(self, variant: Variant) -> Result:
+        """Serves the traffic, scores the windows, and serves some requests again alone."""
+
+        def server() -> Server:
+            return Server(self.params, variant, self.config, self.limits)
+
+        engine, work = server(), self.work
+        compile_seconds = engine.warm_up()
+        requests = work.traffic()
+        stats = engine.serve(requests, self.display)
+        scored = [Request(row.tobytes(), 0) for row in work.passages(self.config)]
+        engine.serve(scored, self.display)
+        bits = float(np.concatenate([request.nats for request in scored]).mean() / math.log(2))
+        matching, prefix = self.yardstick.agreement(requests)
+        alone = requests[:: max(1, len(requests) // max(work.alone, 1))][: work.alone]
+        disturbed = len(interference(server, alone))
+        size = variant.bytes_per_token(self.config, self.limits)
+        return Result(variant, bits, matching, prefix, size, compile_seconds, stats, requests, disturbed)

@@ -1,0 +1,104 @@
+"""RaggedBatch: which tokens and which pages belong to which sequence in one step."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from pallas_attn.core.errors import is_concrete, require
+from pallas_attn.core.leaf import Leaf
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("page_table", "kv_lens", "cu_q_lens", "num_seqs"),
+    meta_fields=("max_q_len",),
+)
+@dataclasses.dataclass(frozen=True)
+class RaggedBatch:
+    """One step over B sequences: prefill, decode and mixes.
+
+    page_table: int32 [B, M], the pages of each sequence in order; entries past its length are never followed.
+    kv_lens: int32 [B], cached tokens of each sequence, this step's query tokens included.
+    cu_q_lens: int32 [B + 1], sequence b has the query tokens cu_q_lens[b] to cu_q_lens[b + 1]; they are its last ones.
+    num_seqs: int32 [], the first so many sequences are real (default B); the rest, and the tokens past
+      cu_q_lens[num_seqs], are padding: they cost little, write nothing and come out as zeros.
+    max_q_len: static bound on the query tokens of a sequence if known; 1 tells a jitted decode that it is one.
+    """
+
+    page_table: Leaf
+    kv_lens: Leaf
+    cu_q_lens: Leaf
+    num_seqs: Leaf = None
+    max_q_len: int | None = None
+
+    @classmethod
+    def from_csr(
+        cls, indptr, indices, last_page_len=None, *,
+        page_size=1, cu_q_lens=None, num_seqs=None, max_pages=None, max_q_len=None,
+    ) -> "RaggedBatch":  # fmt: skip
+        """The batch of a CSR page list, as FlashInfer, SGLang and aiter keep it.
+
+        Args:
+          indptr: int32 [B + 1], sequence b owns the pages indices[indptr[b] : indptr[b + 1]].
+          indices: int32 [nnz] page numbers.
+          last_page_len: int32 [B], tokens in the last page of each sequence; None means full pages, so page size 1
+            needs none. A sequence without pages is empty whatever this says.
+          page_size: tokens of a page, static.
+          cu_q_lens: int32 [B + 1]; None means one query token per sequence.
+          max_pages: static bound M on the pages of a sequence; needed when indptr is traced.
+        Raises: InvalidInput when max_pages is needed, or too small where indptr is known.
+        """
+        if not is_concrete(indptr):
+            require(max_pages is not None, "max_pages", None, "give a static bound: indptr is traced")
+        else:
+            most = int(np.max(np.diff(np.asarray(indptr)), initial=0))
+            max_pages = max(most, 1) if max_pages is None else max_pages
+            require(max_pages >= most, "max_pages", max_pages, f"a sequence has {most} pages: use at least that")
+        indptr, indices = jnp.asarray(indptr, jnp.int32), jnp.asarray(indices, jnp.int32)
+        pages = indptr[1:] - indptr[:-1]
+        at = indptr[:-1, None] + jnp.arange(max_pages, dtype=jnp.int32)
+        table = jnp.where(at < indptr[1:, None], indices.at[at].get(mode="fill", fill_value=0), 0)
+        last = page_size if last_page_len is None else jnp.asarray(last_page_len, jnp.int32)
+        kv_lens = jnp.where(pages > 0, (pages - 1) * page_size + last, 0)
+        if cu_q_lens is None:
+            cu_q_lens, max_q_len = jnp.arange(pages.shape[0] + 1, dtype=jnp.int32), 1
+        return cls(table, kv_lens, jnp.asarray(cu_q_lens, jnp.int32), num_seqs, max_q_len)
+
+    @property
+    def live(self) -> Array:
+        """int32 [], the number of real sequences."""
+        b = self.page_table.shape[0]
+        return jnp.clip(jnp.asarray(b if self.num_seqs is None else self.num_seqs, jnp.int32), 0, b)
+
+    def bounds(self, num_tokens: int) -> tuple[Array, Array]:
+        """(start, length) int32 [B] of each sequence's query tokens, kept inside the step; padding has length 0."""
+        cu = self._starts(num_tokens)
+        return cu[:-1], jnp.maximum(cu[1:] - cu[:-1], 0)
+
+    def _starts(self, num_tokens: int) -> Array:
+        """cu_q_lens kept inside the step; whatever stands past num_seqs becomes the end of the last real sequence."""
+        cu = jnp.clip(self.cu_q_lens.astype(jnp.int32), 0, num_tokens)
+        return jnp.where(jnp.arange(cu.shape[0]) <= self.live, cu, cu[self.live])
+
+    def tokens(self, num_tokens: int) -> tuple[Array, Array, Array]:
+        """(sequence, position, real) of every query token, each [num_tokens]; positions are those in the sequence."""
+        start, length = self.bounds(num_tokens)
+        t = jnp.arange(num_tokens, dtype=jnp.int32)
+        cu = self._starts(num_tokens)
+        seq = jnp.searchsorted(cu, t, side="right", method="compare_all").astype(jnp.int32) - 1
+        seq = jnp.clip(seq, 0, start.shape[0] - 1)
+        offset = t - start[seq]
+        real = (offset >= 0) & (offset < length[seq])
+        return seq, self.kv_lens[seq].astype(jnp.int32) - length[seq] + offset, real
+
+    def slot_mapping(self, num_tokens: int, page_size: int) -> Int[Array, "T"]:
+        """What `write_kv` takes: the slot (page * page_size + slot in page) of every query token, -1 for padding."""
+        seq, position, real = self.tokens(num_tokens)
+        column = position // page_size
+        real &= (position >= 0) & (column < self.page_table.shape[1])
+        page = self.page_table.astype(jnp.int32)[seq, jnp.clip(column, 0, self.page_table.shape[1] - 1)]
+        return jnp.where(real & (page >= 0), page * page_size + position % page_size, -1)

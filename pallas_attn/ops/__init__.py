@@ -1,0 +1,1 @@
+"""Floor 2: one folder per op; ops do not import each other."""

@@ -1,0 +1,69 @@
+"""The cases of paged attention: one list for the support table, the tests and the bench."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from pallas_attn.core.batch import RaggedBatch
+from pallas_attn.core.caches import abstract_cache
+from pallas_attn.core.formats import E4M3_STATIC, E4M3_TENSOR, KV_FORMATS
+from pallas_attn.core.layouts import LAYOUTS, NHD
+from pallas_attn.core.masks import Bias, Mask
+from pallas_attn.core.quantized import Quantized
+from pallas_attn.ops.paged_attention.problem import Problem, prepare
+
+S = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option of the op, by name, as keyword arguments for 3 sequences and 8 heads."""
+
+    name: str
+    kwargs: dict
+
+
+def options() -> tuple[Option, ...]:
+    """Every option that a backend may refuse, with abstract arrays."""
+    i32, f32 = jnp.int32, jnp.float32
+    ranges, slopes = S((3, 2, 2), i32), S((8,), f32)
+    return (
+        Option("causal", {}),
+        Option("non-causal", {"mask": Mask(causal=False)}),
+        Option("causal per sequence", {"mask": Mask(causal=S((3,), jnp.bool_))}),
+        Option("sliding window", {"mask": Mask(window=21)}),
+        Option("non-causal window", {"mask": Mask(causal=False, window=21)}),
+        Option("chunked local", {"mask": Mask(window=32, chunk_lookback=1)}),
+        Option("prefix ranges", {"mask": Mask(prefix_ranges=ranges)}),
+        Option("prefix ranges, clamped", {"mask": Mask(window=21, prefix_ranges=ranges, clamp_prefix=True)}),
+        Option("R-SWA", {"mask": Mask(rswa=(S((3,), i32), 16))}),
+        Option("soft cap", {"soft_cap": 5.0}),
+        Option("ALiBi", {"bias": Bias(alibi_slopes=slopes)}),
+        Option("ALiBi sqrt", {"bias": Bias(alibi_slopes=slopes, alibi_sqrt=True)}),
+        Option("ALiBi before soft cap", {"bias": Bias(alibi_slopes=slopes, before_soft_cap=True), "soft_cap": 5.0}),
+        Option("query-query bias", {"bias": Bias(query_query=S((9, 9), f32))}),
+        Option("sinks", {"sinks": S((8,), f32)}),
+        Option("FP8 query", {"q": Quantized(S((32, 8, 128), jnp.float8_e4m3fn), S((), f32), E4M3_TENSOR)}),
+        Option("FP8 output", {"out": (E4M3_STATIC, 0.5)}),
+        Option("LSE", {"return_lse": True}),
+    )
+
+
+def abstract_batch(seqs: int = 3, pages_per_seq: int = 4) -> RaggedBatch:
+    """A batch of shapes only."""
+    return RaggedBatch(S((seqs, pages_per_seq), jnp.int32), S((seqs,), jnp.int32), S((seqs + 1,), jnp.int32))
+
+
+def support_cases() -> Iterator[tuple[str, Problem]]:
+    """(label, problem) of each format, layout and option, one varied at a time from FP8 per tensor in NHD."""
+    q = S((32, 8, 128), jnp.bfloat16)
+    for format in KV_FORMATS:
+        yield f"format {format}", prepare(q, abstract_cache(format, NHD, seqs=3), abstract_batch())[0]
+    for layout in LAYOUTS:
+        yield f"layout {layout}", prepare(q, abstract_cache(E4M3_TENSOR, layout), abstract_batch())[0]
+    for option in options():
+        kwargs = dict(option.kwargs)
+        cache = abstract_cache(E4M3_TENSOR, NHD)
+        yield option.name, prepare(kwargs.pop("q", q), cache, abstract_batch(), **kwargs)[0]

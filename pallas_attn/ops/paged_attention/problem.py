@@ -1,0 +1,209 @@
+"""The contract of paged attention: every cross-argument check, and the hashable record that backends decide on."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pallas_attn.core.batch import RaggedBatch
+from pallas_attn.core.caches import PagedKVCache, check_cache
+from pallas_attn.core.errors import is_concrete, require
+from pallas_attn.core.formats import Format, float_format
+from pallas_attn.core.layouts import Layout
+from pallas_attn.core.masks import Bias, Mask
+from pallas_attn.core.quantized import Quantized, check_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Shapes and statics of one call; hashable, and all that `supports` may look at."""
+
+    tokens: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    seqs: int
+    pages: int
+    page_size: int
+    pages_per_seq: int
+    max_q_len: int | None
+    q_format: Format
+    kv_format: Format
+    layout: Layout
+    options: tuple[str, ...]  # masks, biases and the rest, by name
+    out_dtype: np.dtype
+    out_format: Format | None
+    return_lse: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads per kv head."""
+        return self.q_heads // self.kv_heads
+
+
+class Args(NamedTuple):
+    """The arrays of one call, in the order in which a backend's `run` takes them."""
+
+    q: Array | Quantized
+    cache: PagedKVCache
+    batch: RaggedBatch
+    scale: Array
+    mask: Mask
+    bias: Bias
+    soft_cap: Array | None
+    sinks: Array | None
+    out_scale: Array | None
+
+
+def prepare(
+    q, cache, batch, *, scale=None, mask=Mask(), bias=None, soft_cap=None, sinks=None, out=None, return_lse=False
+) -> tuple[Problem, Args]:  # fmt: skip
+    """Check a call; returns what a backend decides on and what it computes with."""
+    bias = Bias() if bias is None else bias
+    q_format = _check_q(q)
+    tokens, q_heads, head_dim = q.shape
+    require(isinstance(batch, RaggedBatch), "batch", type(batch).__name__, "pass a pa.RaggedBatch")
+    _check_batch(batch)
+    seqs, pages_per_seq = batch.page_table.shape
+    check_cache(cache, seqs)
+    kv_heads, page_size = cache.kv_heads, cache.page_size
+    require(q_heads % kv_heads == 0, "q", f"{q_heads} heads", f"make it a multiple of the cache's {kv_heads} kv heads")
+    require(head_dim == cache.head_dim, "q", f"head_dim {head_dim}", f"the cache has keys of {cache.head_dim}")
+    _check_lengths(batch, tokens, page_size)
+    _check_mask(mask, seqs)
+    _check_heads("bias.alibi_slopes", bias.alibi_slopes, q_heads)
+    _check_heads("sinks", sinks, q_heads)
+    rank = bias.query_query is None or bias.query_query.ndim == 2
+    require(rank, "bias.query_query", getattr(bias.query_query, "shape", None), "it is [Q, Q']")
+    out_dtype, out_format, out_scale = _check_out(out, q, q_format)
+    options = (*mask.names(), *bias.names(), *_extras(soft_cap, sinks, out_format, return_lse))
+    problem = Problem(
+        tokens, q_heads, kv_heads, head_dim, cache.v_head_dim, seqs, cache.num_pages, page_size, pages_per_seq,
+        batch.max_q_len, q_format, cache.format, cache.layout, options, out_dtype, out_format, return_lse,
+    )  # fmt: skip
+    scale = head_dim**-0.5 if scale is None else scale
+    _check_scalar("scale", scale)
+    _check_scalar("soft_cap", soft_cap)
+    cap = None if soft_cap is None else jnp.asarray(soft_cap, jnp.float32)
+    return problem, Args(q, cache, batch, jnp.asarray(scale, jnp.float32), mask, bias, cap, sinks, out_scale)
+
+
+def outputs(p: Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """(out, lse?) of a call."""
+    out = jax.ShapeDtypeStruct((p.tokens, p.q_heads, p.v_head_dim), p.out_dtype)
+    lse = jax.ShapeDtypeStruct((p.tokens, p.q_heads), jnp.float32)
+    return (out, lse) if p.return_lse else (out,)
+
+
+def _extras(soft_cap, sinks, out_format, return_lse) -> tuple[str, ...]:
+    used = {
+        "soft cap": soft_cap is not None,
+        "sinks": sinks is not None,
+        "FP8 output": out_format is not None,
+        "LSE": return_lse,
+    }
+    return tuple(name for name, on in used.items() if on)
+
+
+def _check_q(q) -> Format:
+    require(len(q.shape) == 3, "q", f"shape {q.shape}", "it is [tokens, heads, head_dim]")
+    if not isinstance(q, Quantized):
+        format = float_format(q.dtype)
+        fix = "pass bfloat16, float16 or float32, or pa.Quantized(values, scale, format)"
+        require(format is not None, "q", f"a bare {q.dtype} array", fix)
+        return format  # type: ignore[return-value]
+    shapes = {"tensor": (), "head": q.shape[1:2], "token_head": q.shape[:2]}
+    granularity = q.format.granularity
+    require(granularity in shapes, "q.format", q.format, "a query has scales per tensor, head, or token and head")
+    expected = shapes[granularity]
+    fix = f"{q.format} for q {q.shape} needs {expected}"
+    require(q.scale.shape == expected, "q.scale", f"shape {q.scale.shape}", fix)
+    require(q.values.dtype == q.format.dtype, "q.values", q.values.dtype, f"{q.format} is stored as {q.format.dtype}")
+    if granularity != "token_head":
+        check_positive(q.scale, "q.scale")
+    return q.format
+
+
+def _check_batch(batch: RaggedBatch) -> None:
+    for name, rank in (("page_table", 2), ("kv_lens", 1), ("cu_q_lens", 1)):
+        x = getattr(batch, name)
+        require(x.ndim == rank, f"batch.{name}", f"shape {x.shape}", f"it has {rank} axes")
+        require(jnp.issubdtype(x.dtype, jnp.integer), f"batch.{name}", x.dtype, "use int32")
+    seqs = batch.page_table.shape[0]
+    fix = f"page_table has {seqs} rows, so it needs ({seqs},)"
+    require(batch.kv_lens.shape == (seqs,), "batch.kv_lens", f"shape {batch.kv_lens.shape}", fix)
+    fix = f"page_table has {seqs} rows, so it needs {seqs + 1}"
+    require(batch.cu_q_lens.shape == (seqs + 1,), "batch.cu_q_lens", f"shape {batch.cu_q_lens.shape}", fix)
+
+
+def _check_lengths(batch: RaggedBatch, tokens: int, page_size: int) -> None:
+    """What can be seen of the lengths where they are concrete; at run time they are clamped."""
+    if is_concrete(batch.kv_lens) and batch.kv_lens.size:
+        room, most = batch.page_table.shape[1] * page_size, int(np.max(np.asarray(batch.kv_lens)))
+        fix = f"page_table has {batch.page_table.shape[1]} pages of {page_size}: widen it to {-(-most // page_size)}"
+        require(most <= room, "batch.kv_lens", most, fix)
+    if is_concrete(batch.cu_q_lens) and is_concrete(batch.num_seqs if batch.num_seqs is not None else 0):
+        live = batch.page_table.shape[0] if batch.num_seqs is None else int(batch.num_seqs)
+        cu = np.asarray(batch.cu_q_lens)[: live + 1]
+        rising = bool(np.all(np.diff(cu) >= 0)) and cu[0] >= 0
+        require(
+            rising, "batch.cu_q_lens", cu if cu.size < 9 else "a falling sequence", "it must not fall nor be negative"
+        )
+        require(int(cu[-1]) <= tokens, "batch.cu_q_lens", int(cu[-1]), f"q has only {tokens} tokens")
+        if batch.max_q_len is not None and live:
+            most = int(np.max(np.diff(cu), initial=0))
+            require(most <= batch.max_q_len, "batch.max_q_len", batch.max_q_len, f"a sequence has {most} query tokens")
+
+
+def _check_mask(mask: Mask, seqs: int) -> None:
+    require(isinstance(mask, Mask), "mask", type(mask).__name__, "pass a pa.Mask")
+    if not isinstance(mask.causal, bool):
+        require(mask.causal.shape == (seqs,), "mask.causal", f"shape {mask.causal.shape}", f"it is a bool or [{seqs}]")
+    _check_scalar("mask.window", mask.window)
+    if mask.chunk_lookback is not None:
+        ok = isinstance(mask.chunk_lookback, int) and mask.chunk_lookback >= 0
+        require(ok, "mask.chunk_lookback", mask.chunk_lookback, "it is a static int >= 0")
+        fix = "chunks take their size from it: window // (lookback + 1)"
+        require(mask.window is not None, "mask.window", None, fix)
+        wide = not is_concrete(mask.window) or int(mask.window) > mask.chunk_lookback  # type: ignore[arg-type]
+        require(wide, "mask.window", mask.window, "at least chunk_lookback + 1")
+        require(mask.rswa is None, "mask.rswa", "with chunk_lookback", "choose one of them")
+    if mask.prefix_ranges is not None:
+        shape = mask.prefix_ranges.shape
+        ok = len(shape) == 3 and shape[0] == seqs and shape[2] == 2
+        require(ok, "mask.prefix_ranges", f"shape {shape}", f"it is [{seqs}, ranges, 2]")
+    if mask.clamp_prefix:
+        require(mask.window is not None, "mask.window", None, "clamp_prefix clamps to it")
+    if mask.rswa is not None:
+        shape = mask.rswa[0].shape
+        require(shape == (seqs,), "mask.rswa", f"prefix lengths of shape {shape}", f"it is ([{seqs}], window)")
+
+
+def _check_heads(name: str, x, heads: int) -> None:
+    require(x is None or x.shape == (heads,), name, f"shape {getattr(x, 'shape', None)}", f"q has {heads} heads")
+
+
+def _check_scalar(name: str, x) -> None:
+    scalar = x is None or np.ndim(x) == 0
+    require(scalar, name, f"shape {getattr(x, 'shape', None)}", "it is one number")
+    if x is not None and is_concrete(x) and name == "scale":
+        require(bool(np.isfinite(float(x))), name, x, "it is a finite number")
+
+
+def _check_out(out, q, q_format: Format) -> tuple[np.dtype, Format | None, Any]:
+    if isinstance(out, tuple):
+        require(len(out) == 2 and isinstance(out[0], Format), "out", out, "it is a dtype or (format, scale)")
+        format, scale = out
+        ok = format.granularity == "tensor"
+        require(ok, "out", format, "the output takes one static scale: use E4M3_STATIC or E5M2_STATIC")
+        require(np.ndim(scale) == 0, "out", f"a scale of shape {np.shape(scale)}", "it is one number")
+        check_positive(scale, "out")
+        return format.dtype, format, jnp.asarray(scale, jnp.float32)
+    dtype = np.dtype(out) if out is not None else np.dtype(jnp.bfloat16) if q_format.quantized else np.dtype(q.dtype)
+    fix = "use a float type, or (format, scale) for FP8: an FP8 array without a scale means nothing"
+    require(float_format(dtype) is not None, "out", dtype, fix)
+    return dtype, None, None

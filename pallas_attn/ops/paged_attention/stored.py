@@ -1,0 +1,51 @@
+"""From stored values to the numbers they stand for, and from float32 results to what is returned."""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_attn.core.caches import PagedKVCache, to_token_major
+from pallas_attn.core.formats import Format
+from pallas_attn.core.quantized import Quantized, dequantize, to_storage
+
+
+def query_numbers(q: Array | Quantized, kv_heads: int) -> Array:
+    """The query in float32 as [T, K, G, D], its scale applied."""
+    x = dequantize(q) if isinstance(q, Quantized) else q.astype(jnp.float32)
+    return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
+
+
+def cache_numbers(cache: PagedKVCache, pages: Array, seq: Array, seen: Array) -> tuple[Array, Array]:
+    """Keys and values of whole pages in float32, their scales applied.
+
+    pages [L, P] page numbers, seq [L] whose they are, seen [L, P * S] which slots any query sees: the others are zero,
+    whatever bytes they hold. Returns [L, P * S, K, D] and [.., DV].
+    """
+    scales = cache.scales or (None, None)
+    k, v = (x.reshape(seen.shape + x.shape[-2:]) for x in cache.read(pages))
+    return _numbers(cache, k, scales[0], pages, seq, seen), _numbers(cache, v, scales[1], pages, seq, seen)
+
+
+def _numbers(cache: PagedKVCache, x: Array, scale: Array | None, pages: Array, seq: Array, seen: Array) -> Array:
+    number = x.astype(jnp.float32)
+    if scale is not None:
+        number = number * _scale_of(cache, scale, pages, seq, seen.shape)
+    return jnp.where(seen[..., None, None], number, 0.0)
+
+
+def _scale_of(cache: PagedKVCache, scale: Array, pages: Array, seq: Array, shape: tuple[int, ...]) -> Array:
+    """The scale, broadcastable to [L, X, K, D]."""
+    match cache.format.granularity:
+        case "tensor":
+            return scale
+        case "head":
+            return scale[:, None]
+        case "seq_head":
+            return scale[seq][:, None, :, None]
+        case _:
+            picked = to_token_major(cache, scale).at[pages].get(mode="clip")
+            return picked.reshape(*shape, scale.shape[1] if cache.layout.head_major else scale.shape[2], 1)
+
+
+def finish(out: Array, dtype, format: Format | None, scale: Array | None) -> Array:
+    """The one rounding of the result: to a float type, or through a static scale to FP8."""
+    return out.astype(dtype) if format is None or scale is None else to_storage(out, scale, format)

@@ -1,0 +1,11 @@
+"""The definition of every op: the public functions bound to their naive, differentiable backend."""
+
+import functools
+
+from pallas_attn.ops import kv_cache as _kv_cache
+from pallas_attn.ops import paged_attention as _paged_attention
+
+paged_attention = functools.partial(_paged_attention.paged_attention, backend="reference")
+write_kv = functools.partial(_kv_cache.write_kv, backend="reference")
+
+__all__ = ["paged_attention", "write_kv"]

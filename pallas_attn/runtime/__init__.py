@@ -1,0 +1,1 @@
+"""Floor 1: the machinery that every op shares."""
