@@ -4,11 +4,21 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from problems import LAYOUTS, make
 
 import pallas_attn as pa
+
+
+@pytest.fixture(autouse=True)
+def without_type_checks():
+    """The suite checks annotations at run time; users do not: here the library's own checks must speak."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
 
 OK = {"num_pages": 4, "page_size": 16, "kv_heads": 2, "head_dim": 32}
 BATCH = pa.RaggedBatch(jnp.zeros((2, 3), jnp.int32), jnp.array([20, 3], jnp.int32), jnp.array([0, 1, 4], jnp.int32))
@@ -93,8 +103,8 @@ BAD = {
     "backend": (lambda: attend(backend="nonsense"), "backend", "nonsense"),
     "not a cache": (lambda: attend(kv=FP8), "cache", ""),
     "write rank": (lambda: write(k=ROWS[0]), r"\bk\b", r"\(2, 32\)"),
-    "write heads": (lambda: write(k=jnp.zeros((4, 3, 32))), r"\bk\b", r"\(4, 3, 32\)"),
-    "write value dim": (lambda: write(v=jnp.zeros((4, 2, 16))), r"\bv\b", r"\(4, 2, 16\)"),
+    "write heads": (lambda: write(k=jnp.zeros((4, 3, 32))), r"\bk\b", "3"),
+    "write value dim": (lambda: write(v=jnp.zeros((4, 2, 16))), r"\bv\b", "16"),
     "write rows differ": (lambda: write(v=jnp.zeros((5, 2, 32))), r"\bv\b", r"5"),
     "write fp8 rows": (lambda: write(k=ROWS.astype(jnp.float8_e4m3fn)), r"\bk\b", "float8_e4m3fn"),
     "write too few rows": (lambda: write(k=ROWS[:2], v=ROWS[:2]), r"slots|\bk\b", "4"),

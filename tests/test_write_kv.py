@@ -18,7 +18,7 @@ SLOTS = np.array([0, 17, -1, 33, N * S - 1, -N * S, 40, N * S, 2**31 - 1, -(2**3
 
 
 def bytes_of(x):
-    return np.asarray(x).view(np.uint8)
+    return np.atleast_1d(x).view(np.uint8)
 
 
 def before(rng, format):

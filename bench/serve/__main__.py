@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
 def run(args: argparse.Namespace, console: Console) -> Report:
     """Measures every chosen variant."""
     start = time.monotonic()
-    work = Workload(requests=min(args.requests, 6), windows=4, alone=1) if args.quick else Workload(args.requests)
+    work = Workload(requests=min(args.requests, 6), windows=4) if args.quick else Workload(args.requests)
     config, limits, params = model.Config(), Limits(), model.load()
     with Display(console) as display:
         display.phase("calibrating")

@@ -15,7 +15,7 @@ from bench.serve.engine import Request, Server
 from bench.serve.text import printable
 
 FRAME = 0.1  # seconds between two pictures
-LINE = 5.0  # seconds between two plain lines
+LINE = 10.0  # seconds between two plain lines
 SNIPPET = 64  # bytes of a request that are shown
 
 

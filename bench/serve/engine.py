@@ -25,7 +25,7 @@ class Limits:
     tokens: int = 64  # tokens of a step, prefill and decode together
     chunk: int = 32  # prompt tokens that one sequence may feed in a step
     page_size: int = 16
-    pages: int = 96  # pages of the cache, per layer
+    pages: int = 128  # pages of the cache, per layer
     pages_per_sequence: int = 32
 
 

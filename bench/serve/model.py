@@ -188,7 +188,9 @@ def with_scales(cache: pa.PagedKVCache, scales: LayerScales) -> pa.PagedKVCache:
     """The cache with one layer's own scales of keys and values, where its format takes them from outside."""
     if scales.k is None:
         return cache
-    k, v = (dataclasses.replace(part, scale=scale) for part, scale in ((cache.k, scales.k), (cache.v, scales.v)))
+    assert isinstance(cache.k, pa.Quantized)
+    assert isinstance(cache.v, pa.Quantized)
+    k, v = dataclasses.replace(cache.k, scale=scales.k), dataclasses.replace(cache.v, scale=scales.v)
     return dataclasses.replace(cache, k=k, v=v)
 
 
@@ -208,7 +210,9 @@ def attend_paged(
     query: Array | pa.Quantized = q
     if how.query is not None:
         query = dataclasses.replace(pa.quantize(q, how.query, scales.stored.q), scale=scales.read.q)
-    return pa.paged_attention(query, seen, batch, backend=how.backend), cache
+    heads = pa.paged_attention(query, seen, batch, backend=how.backend)
+    assert isinstance(heads, Array)  # neither quantised nor with its LSE: nobody asked
+    return heads, cache
 
 
 def paged(

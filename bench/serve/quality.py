@@ -20,8 +20,9 @@ class Workload:
     """The traffic to serve and the text to score, all of it held out."""
 
     requests: int = 24
-    windows: int = 16
-    alone: int = 3  # requests that are served a second time, alone
+    bug_requests: int = 8  # of them, for an emulated bug
+    windows: int = 12
+    alone: int = 1  # the last so many are served a second time, alone
     seed: int = 0
 
     def traffic(self) -> list[Request]:
@@ -43,20 +44,30 @@ class Result:
     """The measurements of a variant.
 
     bits: bits per byte of the held-out windows, each byte after the first of its window.
-    matching: share of the served tokens that are the dense model's greedy choice after the same preceding tokens.
-    prefix: mean over the requests of the share of their new tokens before they first leave the dense model's own
-      greedy continuation.
+    equal: for each request, which of its new tokens are the dense model's greedy choice after the same tokens.
+    disturbed: requests that got other tokens when served alone.
     """
 
     variant: Variant
     bits: float
-    matching: float
-    prefix: float
     bytes_per_token: float
     compile_seconds: float
     stats: Stats
     served: list[Request]
+    equal: list[np.ndarray]
     disturbed: int
+
+    def matching(self, requests: int | None = None) -> float:
+        """Share of the tokens of the first so many requests that are the dense model's greedy choice."""
+        return float(np.concatenate(self.equal[:requests]).mean())
+
+    @property
+    def prefix(self) -> float:
+        """Mean over the requests of the share of new tokens before leaving the dense model's own continuation.
+
+        Up to the first token that differs, the two have the same past: `equal` tells both measures.
+        """
+        return float(np.mean([np.cumprod(equal).mean() for equal in self.equal]))
 
 
 class Yardstick:
@@ -72,23 +83,16 @@ class Yardstick:
         picked = np.take_along_axis(np.asarray(log_p)[:, :-1], passages[:, 1:, None].astype(int), -1)
         return float(-picked.mean(dtype=np.float64) / math.log(2))
 
-    def agreement(self, served: list[Request]) -> tuple[float, float]:
-        """(matching, prefix) of `Result`.
-
-        One forward over prompt and continuation gives both: up to the first token that differs, the two have the
-        same past, so the served tokens are the dense model's own continuation.
-        """
+    def agreement(self, served: list[Request]) -> list[np.ndarray]:
+        """`equal` of `Result`, from one forward over each prompt and its continuation."""
         rows = np.zeros((len(served), self.config.context), np.int32)
         for row, request in zip(rows, served, strict=True):
             row[: len(request.tokens)] = request.tokens
         choices = np.asarray(jnp.argmax(self.forward(rows), -1))
-        equal, prefixes = [], []
-        for row, request in zip(choices, served, strict=True):
-            first = len(request.prompt)
-            same = row[first - 1 : request.target - 1] == np.array(request.tokens[first:])
-            equal.append(same)
-            prefixes.append(np.cumprod(same).mean())
-        return float(np.concatenate(equal).mean()), float(np.mean(prefixes))
+        return [
+            row[len(request.prompt) - 1 : request.target - 1] == np.frombuffer(request.output, np.uint8)
+            for row, request in zip(choices, served, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,11 @@ class Bench:
 
         engine, work = server(), self.work
         compile_seconds = engine.warm_up()
-        requests = work.traffic()
+        requests = work.traffic()[: work.bug_requests if variant.correct else None]
         stats = engine.serve(requests, self.display)
         scored = [Request(row.tobytes(), 0) for row in work.passages(self.config)]
         engine.serve(scored, self.display)
         bits = float(np.concatenate([request.nats for request in scored]).mean() / math.log(2))
-        matching, prefix = self.yardstick.agreement(requests)
-        alone = requests[:: max(1, len(requests) // max(work.alone, 1))][: work.alone]
-        disturbed = len(interference(server, alone))
-        size = variant.bytes_per_token(self.config, self.limits)
-        return Result(variant, bits, matching, prefix, size, compile_seconds, stats, requests, disturbed)
+        size, equal = variant.bytes_per_token(self.config, self.limits), self.yardstick.agreement(requests)
+        disturbed = len(interference(server, requests[-work.alone :]))
+        return Result(variant, bits, size, compile_seconds, stats, requests, equal, disturbed)

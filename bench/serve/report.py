@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 from tabulate import tabulate
 
 from bench.serve.engine import Limits
@@ -60,7 +61,7 @@ def format_table(report: Report) -> str:
     rows = [["dense float32", f"{report.dense_bits:.4f}", "", "", "", "", ""]]
     rows += [
         [
-            result.variant.name, f"{result.bits:.4f}", f"{report.loss(result):+.5f}", f"{result.matching:.1%}",
+            result.variant.name, f"{result.bits:.4f}", f"{report.loss(result):+.5f}", f"{result.matching():.1%}",
             f"{result.prefix:.1%}", f"{result.bytes_per_token:,.0f}", f"{result.stats.tokens_per_second:,.0f}",
         ]
         for result in report.formats
@@ -74,7 +75,7 @@ def bug_table(report: Report) -> str:
     rows = [
         [
             bug.variant.name, right.variant.name, f"{bug.bits:.4f}", f"{bug.bits - right.bits:+.5f}",
-            f"{right.matching:.1%}", f"{bug.matching:.1%}",
+            f"{right.matching(len(bug.served)):.1%}", f"{bug.matching():.1%}",
         ]
         for bug, right in report.bugs
     ]  # fmt: skip
@@ -140,6 +141,9 @@ def draw(report: Report, path: Path) -> None:
     """Four panels: loss, agreement, memory and speed, and the engine over time."""
     figure, axes = plt.subplots(2, 2, figsize=(13, 8.5), layout="constrained")
     figure.suptitle("A byte-level language model served from a paged KV cache", fontsize=14)
+    kinds = {"KV format": GOOD, "the same, FP8 query": QUERY, "emulated bug": BAD}
+    handles = [Patch(color=kind_colour, label=kind) for kind, kind_colour in kinds.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     draw_loss(axes[0, 0], report)
     draw_agreement(axes[0, 1], report)
     draw_memory(axes[1, 0], report)
@@ -168,12 +172,12 @@ def draw_loss(axes: Axes, report: Report) -> None:
     bars(axes, report.results, [max(loss, 1e-5) for loss in losses], [f"{loss:+.5f}" for loss in losses])
     axes.set_xscale("log")
     axes.set_xlim(1e-5, 20 * max(1e-4, *losses))
-    axes.set_title(f"Bits per byte lost against dense float32 ({report.dense_bits:.3f})")
+    axes.set_title(f"Bits per byte lost against dense float32 ({report.dense_bits:.3f})\n(logarithmic)")
 
 
 def draw_agreement(axes: Axes, report: Report) -> None:
     """Greedy match, with the same-prefix share marked in each bar."""
-    values = [100 * result.matching for result in report.results]
+    values = [100 * result.matching() for result in report.results]
     bars(axes, report.results, values, [f"{value:.1f} %" for value in values])
     prefixes = [100 * result.prefix for result in report.results]
     axes.plot(prefixes, range(len(values)), "D", color="black", ms=4, ls="none")
@@ -189,7 +193,7 @@ def draw_memory(axes: Axes, report: Report) -> None:
     labels = [f"{value:,.0f} B, {speed:,.0f} tokens/s" for value, speed in zip(values, speeds, strict=True)]
     bars(axes, report.formats, values, labels)
     axes.set_xlim(0, 1.45 * max(values))
-    axes.set_title("Cache bytes per token, all layers, scales included; tokens generated per second")
+    axes.set_title("Cache bytes per token, and speed of serving")
 
 
 def draw_timeline(axes: Axes, report: Report) -> None:
@@ -199,10 +203,11 @@ def draw_timeline(axes: Axes, report: Report) -> None:
     steps = range(len(running))
     axes.step(steps, running, color=GOOD, label="running")
     axes.step(steps, waiting, color=BAD, label="waiting")
-    axes.set(xlabel="engine step", ylabel="requests", title="Continuous batching: requests and pages over time")
+    axes.set(xlabel="engine step", ylabel="requests", title="Continuous batching, step by step")
+    axes.set_ylim(0, 1.25 * max(1, *running, *waiting))
     right = axes.twinx()
     right.fill_between(steps, pages, color=GREY, alpha=0.25, step="post", label="pages in use")
-    right.set(ylabel="pages", ylim=(0, report.limits.pages))
+    right.set(ylabel="pages", ylim=(0, 1.25 * report.limits.pages))
     axes.legend(loc="upper left", fontsize=8)
     right.legend(loc="upper right", fontsize=8)
 

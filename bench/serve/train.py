@@ -14,7 +14,7 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def adamw(state: Optimiser, grads: model.Params, lr: Array, decay: float = 0.1, 
     mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state.mean, grads)
     square = jax.tree.map(lambda s, g: 0.99 * s + 0.01 * g * g, state.square, grads)
 
-    def update(path: tuple[jax.tree_util.DictKey, ...], p: Array, m: Array, s: Array) -> Array:
+    def update(path: tuple[Any, ...], p: Array, m: Array, s: Array) -> Array:
         move = m / (1 - 0.9**step) / (jnp.sqrt(s / (1 - 0.99**step)) + 1e-8)
         return p - lr * (move + (decay * p if path[-1].key in model.MATRICES else 0.0))
 
@@ -114,7 +114,8 @@ def train(args: argparse.Namespace, config: model.Config) -> float:
     """Runs the loop, keeps the best weights on disk, and returns their held-out bits per byte."""
     params = model.init(jax.random.key(args.seed), config)
     print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters on {jax.devices()[0].device_kind}")
-    state = Optimiser(params, *(jax.tree.map(jnp.zeros_like, params) for _ in range(2)), jnp.int32(0))
+    mean, square = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    state = Optimiser(params, mean, square, jnp.int32(0))
     text, key = jnp.asarray(training_text()), jax.random.key(args.seed + 1)
     best, losses, start = math.inf, [], time.monotonic()
     for step in range(args.steps):

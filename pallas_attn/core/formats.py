@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+Division = Literal["divide", "reciprocal"]
 Granularity = Literal["none", "tensor", "head", "seq_head", "token_head", "group"]
 
 
@@ -28,17 +29,19 @@ class Format:
         amax = max(|x|) over the values that share it
         scale = max(amax, amax_floor) / qmax, then max(scale, scale_floor), then 2**ceil(log2(scale)) if `ue8m0`
 
-    and a value as `round(x / scale)` or, with `multiply="reciprocal"`, `round(x * (1 / scale))`; both are
-    clamped to the finite range first.
+    and a value as round(x / scale), clamped to the finite range first. Either division may be a multiplication with
+    the float32 reciprocal instead, which gives other bits: `find_scale` and `apply_scale` say which.
     """
 
     name: str
     dtype: np.dtype
-    granularity: Granularity = "none"
+    granularity: Division = Literal["divide", "reciprocal"]
+Granularity = "none"
     group: int | None = None  # values per scale along the last axis, for "group"
     amax_floor: float = 0.0
     scale_floor: float = 0.0
-    multiply: Literal["divide", "reciprocal"] = "divide"
+    find_scale: Division = "divide"
+    apply_scale: Division = "divide"
     rounding: Literal["nearest_even", "half_away"] = "nearest_even"
     ue8m0: bool = False  # scales are powers of two
     order: Literal["row", "column"] = "row"  # of group scales in memory; the logical shape is the same
@@ -73,8 +76,8 @@ F32 = Format("F32", np.dtype(jnp.float32), tolerance=Tolerance(1e-5, 1e-5))
 E4M3_TENSOR = Format("E4M3_TENSOR", E4M3, "tensor", scale_floor=1e-12)
 E5M2_TENSOR = Format("E5M2_TENSOR", E5M2, "tensor", scale_floor=1e-12)
 # ... the quantiser of activations and outputs multiplies by the reciprocal (vLLM csrc w8a8/fp8/common.cu).
-E4M3_STATIC = Format("E4M3_STATIC", E4M3, "tensor", scale_floor=1e-12, multiply="reciprocal")
-E5M2_STATIC = Format("E5M2_STATIC", E5M2, "tensor", scale_floor=1e-12, multiply="reciprocal")
+E4M3_STATIC = Format("E4M3_STATIC", E4M3, "tensor", scale_floor=1e-12, apply_scale="reciprocal")
+E5M2_STATIC = Format("E5M2_STATIC", E5M2, "tensor", scale_floor=1e-12, apply_scale="reciprocal")
 
 # One scale per kv head; per (sequence, head) exists for reading only.
 E4M3_HEAD = Format("E4M3_HEAD", E4M3, "head", scale_floor=1e-12)
@@ -83,7 +86,9 @@ E4M3_SEQ_HEAD = Format("E4M3_SEQ_HEAD", E4M3, "seq_head", scale_floor=1e-12)
 E5M2_SEQ_HEAD = Format("E5M2_SEQ_HEAD", E5M2, "seq_head", scale_floor=1e-12)
 
 # One scale per token and head, found while writing (vLLM triton_reshape_and_cache_flash.py, per-token-head writer).
-E4M3_TOKEN_HEAD = Format("E4M3_TOKEN_HEAD", E4M3, "token_head", scale_floor=1e-6, multiply="reciprocal")
+E4M3_TOKEN_HEAD = Format(
+    "E4M3_TOKEN_HEAD", E4M3, "token_head", scale_floor=1e-6, find_scale="reciprocal", apply_scale="reciprocal"
+)
 E5M2_TOKEN_HEAD = dataclasses.replace(E4M3_TOKEN_HEAD, name="E5M2_TOKEN_HEAD", dtype=E5M2)
 INT8_TOKEN_HEAD = dataclasses.replace(E4M3_TOKEN_HEAD, name="INT8_TOKEN_HEAD", dtype=INT8, rounding="half_away")
 
@@ -96,7 +101,11 @@ FP8_DS_MLA = Format("FP8_DS_MLA", E4M3, "group", group=128, scale_floor=1e-4, ue
 def e4m3_group(group: int, *, ue8m0: bool = False, order: Literal["row", "column"] = "row") -> Format:
     """FP8 with one scale per `group` (64 or 128) values of a row (vLLM csrc per_token_group_quant.cu)."""
     name = f"E4M3_GROUP{group}{'_UE8M0' if ue8m0 else ''}{'_COLUMN' if order == 'column' else ''}"
-    return Format(name, E4M3, "group", group, amax_floor=1e-10, multiply="reciprocal", ue8m0=ue8m0, order=order)
+    # A power-of-two scale has the floor once more, on itself.
+    floor = 1e-10 if ue8m0 else 0.0
+    return Format(
+        name, E4M3, "group", group, 1e-10, floor, apply_scale="reciprocal", ue8m0=ue8m0, order=order
+    )  # fmt: skip
 
 
 FLOAT_FORMATS = (BF16, F16, F32)

@@ -87,8 +87,15 @@ def find_scale(x: Array, format: Format) -> Array:
             amax = jnp.max(x, axis=-1)
         case _:
             amax = jnp.max(x.reshape(*scale_shape(format, x.shape), format.group), axis=-1)
-    scale = jnp.maximum(jnp.maximum(amax, format.amax_floor) / format.qmax, format.scale_floor)
+    amax, qmax = jnp.maximum(amax, format.amax_floor), jnp.float32(format.qmax)
+    scale = amax * (1 / qmax) if format.find_scale == "reciprocal" else _divide(amax, qmax)
+    scale = jnp.maximum(scale, format.scale_floor)
     return _round_up_to_power_of_two(scale) if format.ue8m0 else scale
+
+
+def _divide(x: Array, y: Array) -> Array:
+    """x / y as IEEE has it: XLA would multiply by the reciprocal of a broadcast y, which is not the same float32."""
+    return x / lax.optimization_barrier(jnp.broadcast_to(y, x.shape))
 
 
 def _round_up_to_power_of_two(x: Array) -> Array:
@@ -103,7 +110,7 @@ def to_storage(x: Array, scale: Array, format: Format) -> Array:
     XLA's own float32 -> FP8 conversion does not saturate, so the clamp comes first.
     """
     x = x.astype(jnp.float32)
-    y = x * (1.0 / scale) if format.multiply == "reciprocal" else x / scale
+    y = x * (1.0 / scale) if format.apply_scale == "reciprocal" else _divide(x, scale)
     if format.rounding == "half_away":
         y = jnp.trunc(jnp.clip(y + jnp.where(y >= 0, 0.5, -0.5), format.qmin, format.qmax))
     return jnp.clip(y, format.qmin, format.qmax).astype(format.dtype)

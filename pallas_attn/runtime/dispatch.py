@@ -43,7 +43,7 @@ class Op:
 
     `prepare(*args, **kwargs)` -> (problem, argument pytree); `outputs(problem)` -> shapes and dtypes, flat;
     `vjp` and `batch` are "module:function" strings, so that importing an op imports no kernel; `support_cases()`
-    yields (label, problem) rows for the support table.
+    yields (dimension, name, problem) for each row of the support table.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Op:
     backends: tuple[Backend, ...]
     vjp: str
     batch: str | None = None
-    support_cases: Callable[[], Iterator[tuple[str, Any]]] = lambda: iter(())
+    support_cases: Callable[[], Iterator[tuple[str, str, Any]]] = lambda: iter(())
 
     def backend(self, name: str) -> Backend:
         """The backend of this name."""

@@ -6,34 +6,56 @@ from pallas_attn.runtime.dispatch import OPS, supports
 
 
 class Row(NamedTuple):
-    """One case of an op and each backend's answer: None, or the reason for refusing."""
+    """One case of an op (one format, layout or option) and each backend's answer: None, or the reason for refusing."""
 
     op: str
+    dimension: str
     case: str
     answers: dict[str, str | None]
 
 
 class SupportTable(tuple[Row, ...]):
-    """Rows of the table; `str()` is markdown."""
+    """Rows of the table; `str()` is markdown with a line a case, `summary()` with a line an op and dimension."""
 
     def __str__(self) -> str:
-        names = list(dict.fromkeys(name for row in self for name in row.answers))
-        head = ["op", "case", *names]
-        body = [[row.op, row.case, *(_cell(row, name) for name in names)] for row in self]
-        lines = [head, ["---"] * len(head), *body]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        names = self._backends()
+        body = [[r.op, r.dimension, r.case, *(_cell(r, name) for name in names)] for r in self]
+        return _markdown(["op", "dimension", "case", *names], body)
+
+    def summary(self) -> str:
+        """Markdown: what each backend takes of each dimension, and what it refuses."""
+        names = self._backends()
+        groups = dict.fromkeys((r.op, r.dimension) for r in self)
+        body = []
+        for op, dimension in groups:
+            rows = [r for r in self if (r.op, r.dimension) == (op, dimension)]
+            cases = ", ".join(r.case for r in rows)
+            body.append([op, f"{dimension}: {cases}", *(_count(rows, name) for name in names)])
+        return _markdown(["op", "cases", *names], body)
+
+    def _backends(self) -> list[str]:
+        return list(dict.fromkeys(name for r in self for name in r.answers))
+
+
+def _markdown(head: list[str], body: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
 
 
 def _cell(row: Row, backend: str) -> str:
-    if backend not in row.answers:
+    return (row.answers[backend] or "yes") if backend in row.answers else ""
+
+
+def _count(rows: list[Row], backend: str) -> str:
+    if not all(backend in r.answers for r in rows):
         return ""
-    return row.answers[backend] or "yes"
+    refused = [r.case for r in rows if r.answers[backend] is not None]
+    return "all" if not refused else f"all but {', '.join(refused)}" if len(refused) < len(rows) else "none"
 
 
 def support_table() -> SupportTable:
     """Every op x case (formats, layouts, options) x backend, computed without a device."""
     return SupportTable(
-        Row(op.name, label, {b.name: supports(b, problem) for b in op.backends})
+        Row(op.name, dimension, case, {b.name: supports(b, problem) for b in op.backends})
         for op in OPS.values()
-        for label, problem in op.support_cases()
+        for dimension, case, problem in op.support_cases()
     )

@@ -16,8 +16,8 @@ from pallas_attn.runtime.op import apply
 _HERE = "pallas_attn.ops.kv_cache"
 
 
-def support_cases() -> Iterator[tuple[str, Problem]]:
-    """(label, problem) of every format that can be written, and of every layout."""
+def support_cases() -> Iterator[tuple[str, str, Problem]]:
+    """(dimension, name, problem) of every format that can be written, and of every layout."""
     S = jax.ShapeDtypeStruct
     rows, slots = S((32, 2, 128), jnp.bfloat16), S((32,), jnp.int32)
 
@@ -26,9 +26,9 @@ def support_cases() -> Iterator[tuple[str, Problem]]:
 
     for format in KV_FORMATS:
         if format.granularity != "seq_head":
-            yield f"format {format}", problem(format, NHD)
+            yield "format", format.name, problem(format, NHD)
     for layout in LAYOUTS:
-        yield f"layout {layout}", problem(E4M3_TENSOR, layout)
+        yield "layout", layout.name, problem(E4M3_TENSOR, layout)
 
 
 OP = register(

@@ -56,14 +56,14 @@ def abstract_batch(seqs: int = 3, pages_per_seq: int = 4) -> RaggedBatch:
     return RaggedBatch(S((seqs, pages_per_seq), jnp.int32), S((seqs,), jnp.int32), S((seqs + 1,), jnp.int32))
 
 
-def support_cases() -> Iterator[tuple[str, Problem]]:
-    """(label, problem) of each format, layout and option, one varied at a time from FP8 per tensor in NHD."""
+def support_cases() -> Iterator[tuple[str, str, Problem]]:
+    """(dimension, name, problem) of each format, layout and option, one varied at a time from FP8 per tensor in NHD."""
     q = S((32, 8, 128), jnp.bfloat16)
     for format in KV_FORMATS:
-        yield f"format {format}", prepare(q, abstract_cache(format, NHD, seqs=3), abstract_batch())[0]
+        yield "format", format.name, prepare(q, abstract_cache(format, NHD, seqs=3), abstract_batch())[0]
     for layout in LAYOUTS:
-        yield f"layout {layout}", prepare(q, abstract_cache(E4M3_TENSOR, layout), abstract_batch())[0]
+        yield "layout", layout.name, prepare(q, abstract_cache(E4M3_TENSOR, layout), abstract_batch())[0]
     for option in options():
         kwargs = dict(option.kwargs)
         cache = abstract_cache(E4M3_TENSOR, NHD)
-        yield option.name, prepare(kwargs.pop("q", q), cache, abstract_batch(), **kwargs)[0]
+        yield "option", option.name, prepare(kwargs.pop("q", q), cache, abstract_batch(), **kwargs)[0]

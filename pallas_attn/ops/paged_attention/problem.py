@@ -149,7 +149,7 @@ def _check_lengths(batch: RaggedBatch, tokens: int, page_size: int) -> None:
     if is_concrete(batch.cu_q_lens) and is_concrete(batch.num_seqs if batch.num_seqs is not None else 0):
         live = batch.page_table.shape[0] if batch.num_seqs is None else int(batch.num_seqs)
         cu = np.asarray(batch.cu_q_lens)[: live + 1]
-        rising = bool(np.all(np.diff(cu) >= 0)) and cu[0] >= 0
+        rising = bool(np.all(np.diff(cu) >= 0) and cu[0] >= 0)
         require(
             rising, "batch.cu_q_lens", cu if cu.size < 9 else "a falling sequence", "it must not fall nor be negative"
         )
