@@ -35,8 +35,7 @@ class Format:
 
     name: str
     dtype: np.dtype
-    granularity: Division = Literal["divide", "reciprocal"]
-Granularity = "none"
+    granularity: Granularity = "none"
     group: int | None = None  # values per scale along the last axis, for "group"
     amax_floor: float = 0.0
     scale_floor: float = 0.0

@@ -32,7 +32,7 @@ def run(p: Problem, *arrays):
 
 
 def softmax(s, v, sinks, real):
-    """Softmax of s [T, K, G, 1, X] over keys and the weighted sum of v [T, X, K, DV]; a sink weighs but has no value."""
+    """Softmax of s [T, K, G, 1, X] over keys and the weighted sum of v [T, X, K, DV]; a sink has no value."""
     sink = jnp.full(s.shape[1:3], -jnp.inf) if sinks is None else sinks.astype(jnp.float32).reshape(s.shape[1:3])
     sink = jnp.where(real[:, None, None], sink, -jnp.inf)[..., None]
     top = lax.stop_gradient(jnp.maximum(jnp.max(s, axis=-1), sink))
