@@ -1,6 +1,6 @@
 """Random paged problems in plain numpy, with everything that must not be read poisoned, and their library twins."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +53,12 @@ class Problem:
         cache = library_cache(self.k, self.v, self.k_scale, self.v_scale, self.format, layout)
         where = map(jnp.asarray, (self.page_table, self.kv_lens, self.cu_q_lens))
         return q, cache, pa.RaggedBatch(*where, jnp.int32(self.num_seqs), **batch)
+
+    def clean(self):
+        """The same with zeros and unit scales for poison."""
+        fills = {"q": 0, "k": 0, "v": 0, "q_scale": 1, "k_scale": 1, "v_scale": 1}
+        arrays = {n: x for n in fills if (x := getattr(self, n)) is not None and x.dtype != INT8}
+        return replace(self, **{n: np.where(np.isnan(x), x.dtype.type(fills[n]), x) for n, x in arrays.items()})
 
 
 def library_cache(k, v, k_scale, v_scale, format, layout):

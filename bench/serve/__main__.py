@@ -13,7 +13,7 @@ from bench.serve import model
 from bench.serve.display import Display
 from bench.serve.engine import Limits
 from bench.serve.quality import Bench, Workload, Yardstick
-from bench.serve.report import Report, bug_table, format_table, serving, write
+from bench.serve.report import Report, comparison_table, format_table, serving, write
 from bench.serve.variants import all_variants
 
 OUT = Path(__file__).parent.parent / "out"
@@ -44,14 +44,14 @@ def run(args: argparse.Namespace, console: Console) -> Report:
             raise SystemExit(f"no variant is called {' or '.join(args.format)}")
         yardstick = Yardstick(params, config)
         bench, results = Bench(params, config, limits, work, yardstick, display), []
-        dense_bits = yardstick.bits(work.passages(config))
+        dense = yardstick.nats(work.passages(config))
         for i, variant in enumerate(variants, 1):
             display.phase(variant.name, f"{i} of {len(variants)}")
             results.append(bench.measure(variant))
             done = results[-1]
             speed = f"{done.stats.tokens_per_second:,.0f} tokens/s"
-            display.line(f"{i:2d}/{len(variants)} {variant.name}: {done.bits - dense_bits:+.5f} bits per byte, {speed}")
-    return Report(results, dense_bits, work, limits, time.monotonic() - start)
+            display.line(f"{i:2d}/{len(variants)} {variant.name}: {done.bits:.4f} bits per byte, {speed}")
+    return Report(results, dense, work, limits, time.monotonic() - start)
 
 
 def main() -> None:
@@ -59,8 +59,8 @@ def main() -> None:
     args, console = arguments(), Console(highlight=False)
     report = run(args, console)
     text, plot = write(report, args.out)
-    tables = [serving(report), format_table(report), bug_table(report)]
-    for table in tables if report.bugs else tables[:2]:
+    tables = [serving(report), format_table(report), comparison_table(report)]
+    for table in tables if report.comparisons else tables[:2]:
         console.print(Markdown(table) if console.is_terminal else table, soft_wrap=not console.is_terminal)
         console.print()
     console.print(f"{text} and {plot.name}, after {report.seconds:.0f} s")

@@ -37,7 +37,8 @@ class Variant:
     format: pa.Format = pa.BF16
     scales: model.Scales = model.NO_SCALES
     how: model.Numerics = model.PLAIN
-    correct: str | None = None  # for an emulated bug: the variant that does the same thing right
+    against: str | None = None  # the variant it differs from in one thing; None for a plain KV format
+    bug: bool = False
 
     def cache(self, config: model.Config, limits: Limits) -> pa.PagedKVCache:
         """An empty cache of all layers. The scales in it are placeholders: each layer brings its own."""

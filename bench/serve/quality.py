@@ -20,8 +20,8 @@ class Workload:
     """The traffic to serve and the text to score, all of it held out."""
 
     requests: int = 24
-    bug_requests: int = 8  # of them, for an emulated bug
-    windows: int = 12
+    compared: int = 8  # of them, for a variant that is compared with another
+    windows: int = 8
     alone: int = 1  # the last so many are served a second time, alone
     seed: int = 0
 
@@ -43,19 +43,24 @@ class Workload:
 class Result:
     """The measurements of a variant.
 
-    bits: bits per byte of the held-out windows, each byte after the first of its window.
+    nats: of every byte after the first of each scored window, [windows, context - 1].
     equal: for each request, which of its new tokens are the dense model's greedy choice after the same tokens.
     disturbed: requests that got other tokens when served alone.
     """
 
     variant: Variant
-    bits: float
+    nats: np.ndarray
     bytes_per_token: float
     compile_seconds: float
     stats: Stats
     served: list[Request]
     equal: list[np.ndarray]
     disturbed: int
+
+    @property
+    def bits(self) -> float:
+        """Bits per byte of the scored windows."""
+        return bits_per_byte(self.nats)
 
     def matching(self, requests: int | None = None) -> float:
         """Share of the tokens of the first so many requests that are the dense model's greedy choice."""
@@ -70,6 +75,11 @@ class Result:
         return float(np.mean([np.cumprod(equal).mean() for equal in self.equal]))
 
 
+def bits_per_byte(nats: np.ndarray) -> float:
+    """The mean, in bits."""
+    return float(nats.mean(dtype=np.float64) / math.log(2))
+
+
 class Yardstick:
     """The dense float32 model on the same text."""
 
@@ -77,11 +87,10 @@ class Yardstick:
         self.config = config
         self.forward = jax.jit(lambda rows: jax.lax.map(lambda row: model.dense(params, row, config)[0], rows))
 
-    def bits(self, passages: np.ndarray) -> float:
-        """Bits per byte of the windows."""
+    def nats(self, passages: np.ndarray) -> np.ndarray:
+        """Nats of every byte after the first of each window, [windows, context - 1]."""
         log_p = jax.nn.log_softmax(self.forward(jnp.asarray(passages, jnp.int32)))
-        picked = np.take_along_axis(np.asarray(log_p)[:, :-1], passages[:, 1:, None].astype(int), -1)
-        return float(-picked.mean(dtype=np.float64) / math.log(2))
+        return -np.take_along_axis(np.asarray(log_p)[:, :-1], passages[:, 1:, None].astype(int), -1)[..., 0]
 
     def agreement(self, served: list[Request]) -> list[np.ndarray]:
         """`equal` of `Result`, from one forward over each prompt and its continuation."""
@@ -114,11 +123,11 @@ class Bench:
 
         engine, work = server(), self.work
         compile_seconds = engine.warm_up()
-        requests = work.traffic()[: work.bug_requests if variant.correct else None]
+        requests = work.traffic()[: work.compared if variant.against else None]
         stats = engine.serve(requests, self.display)
         scored = [Request(row.tobytes(), 0) for row in work.passages(self.config)]
         engine.serve(scored, self.display)
-        bits = float(np.concatenate([request.nats for request in scored]).mean() / math.log(2))
+        nats = np.array([request.nats for request in scored])
         size, equal = variant.bytes_per_token(self.config, self.limits), self.yardstick.agreement(requests)
         disturbed = len(interference(server, requests[-work.alone :]))
-        return Result(variant, bits, size, compile_seconds, stats, requests, equal, disturbed)
+        return Result(variant, nats, size, compile_seconds, stats, requests, equal, disturbed)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -16,14 +17,15 @@ from matplotlib.patches import Patch
 from tabulate import tabulate
 
 from bench.serve.engine import Limits
-from bench.serve.quality import Result, Workload
+from bench.serve.quality import Result, Workload, bits_per_byte
 from bench.serve.text import printable
 
 GOOD, QUERY, BAD, GREY = "#2a7f62", "#3b6ea8", "#b8412f", "#777777"
 SAMPLE = 72  # bytes of a continuation that are shown
 
 DEFINITIONS = """\
-* **bits per byte**: of held-out text, fed through the paged cache in chunks. **loss**: against the dense float32 model.
+* **bits per byte**: of held-out text, fed through the paged cache in chunks. **loss**: against the dense float32 model;
+  noise in the cache can fall on the lucky side. **change of a byte**: mean magnitude of the change in a byte's bits.
 * **greedy match**: share of the served tokens that are the dense model's greedy choice after the same preceding tokens.
   **same prefix**: mean share of a request's new tokens before it first leaves the dense model's own continuation.
 * **bytes/token**: of the cache, all layers, scales included. **tokens/s**: tokens generated per second of serving,
@@ -32,55 +34,68 @@ DEFINITIONS = """\
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was measured in a run."""
+    """Everything that was measured in a run. dense: the float32 model's nats, as `Result.nats`."""
 
     results: list[Result]
-    dense_bits: float
+    dense: np.ndarray
     work: Workload
     limits: Limits
     seconds: float
 
     @property
     def formats(self) -> list[Result]:
-        """The variants that do everything right."""
-        return [result for result in self.results if result.variant.correct is None]
+        """The plain KV formats."""
+        return [result for result in self.results if result.variant.against is None]
 
     @property
-    def bugs(self) -> list[tuple[Result, Result]]:
-        """Each bug with the variant that does the same thing right."""
+    def comparisons(self) -> list[tuple[Result, Result]]:
+        """Each other variant, with the one that it differs from in one thing."""
         by_name = {result.variant.name: result for result in self.results}
-        return [(r, by_name[r.variant.correct]) for r in self.results if r.variant.correct in by_name]
+        return [(r, by_name[r.variant.against]) for r in self.results if r.variant.against in by_name]
+
+    @property
+    def dense_bits(self) -> float:
+        """Bits per byte of the dense model."""
+        return bits_per_byte(self.dense)
 
     def loss(self, result: Result) -> float:
         """Bits per byte lost against the dense model."""
         return result.bits - self.dense_bits
 
+    def change(self, result: Result) -> float:
+        """Mean magnitude of the change in a byte's bits against the dense model."""
+        return bits_per_byte(np.abs(result.nats - self.dense))
+
 
 def format_table(report: Report) -> str:
     """The table of KV formats."""
-    rows = [["dense float32", f"{report.dense_bits:.4f}", "", "", "", "", ""]]
+    rows = [["dense float32", f"{report.dense_bits:.4f}", *[""] * 6]]
     rows += [
         [
-            result.variant.name, f"{result.bits:.4f}", f"{report.loss(result):+.5f}", f"{result.matching():.1%}",
-            f"{result.prefix:.1%}", f"{result.bytes_per_token:,.0f}", f"{result.stats.tokens_per_second:,.0f}",
+            result.variant.name, f"{result.bits:.4f}", f"{report.loss(result):+.5f}", f"{report.change(result):.5f}",
+            f"{result.matching():.1%}", f"{result.prefix:.1%}", f"{result.bytes_per_token:,.0f}",
+            f"{result.stats.tokens_per_second:,.0f}",
         ]
         for result in report.formats
     ]  # fmt: skip
-    headers = ["KV format", "bits per byte", "loss", "greedy match", "same prefix", "bytes/token", "tokens/s"]
-    return tabulate(rows, headers, "pipe", disable_numparse=True, colalign=("left", *["right"] * 6))
+    headers = ["KV format", "bits per byte", "loss", "change of a byte", "greedy match", "same prefix"]
+    headers += ["bytes/token", "tokens/s"]
+    return tabulate(rows, headers, "pipe", disable_numparse=True, colalign=("left", *["right"] * 7))
 
 
-def bug_table(report: Report) -> str:
-    """The table of bugs."""
+def comparison_table(report: Report) -> str:
+    """The table of FP8 queries and of bugs."""
     rows = [
         [
-            bug.variant.name, right.variant.name, f"{bug.bits:.4f}", f"{bug.bits - right.bits:+.5f}",
-            f"{right.matching(len(bug.served)):.1%}", f"{bug.matching():.1%}",
+            ("bug: " if result.variant.bug else "") + result.variant.name, base.variant.name, f"{result.bits:.4f}",
+            f"{result.bits - base.bits:+.5f}", f"{report.change(base):.5f}", f"{report.change(result):.5f}",
+            f"{base.matching(len(result.served)):.1%}", f"{result.matching():.1%}",
         ]
-        for bug, right in report.bugs
+        for result, base in report.comparisons
     ]  # fmt: skip
-    headers = ["bug", "in", "bits per byte", "lost to the bug", "greedy match without", "with"]
-    return tabulate(rows, headers, "pipe", disable_numparse=True, colalign=("left", "left", *["right"] * 4))
+    headers = ["variant", "against", "bits per byte", "lost", "change of a byte: before", "after"]
+    headers += ["greedy match: before", "after"]
+    return tabulate(rows, headers, "pipe", disable_numparse=True, colalign=("left", "left", *["right"] * 6))
 
 
 def samples(report: Report) -> str:
@@ -109,6 +124,7 @@ def serving(report: Report) -> str:
 
 def markdown(report: Report, plot: str) -> str:
     """The whole report."""
+    work = report.work
     return f"""\
 # Serving from a paged KV cache
 
@@ -120,11 +136,14 @@ def markdown(report: Report, plot: str) -> str:
 
 {DEFINITIONS}
 
-## What three bugs would cost
+## FP8 queries, and what three bugs would cost
 
-Each was once in a serving system; here each is emulated outside the library, on the same model and text.
+Each variant against the one that it differs from in one thing, on {min(work.compared, work.requests)} of the requests.
+Each bug was once in a serving system; here it is emulated outside the library, on the same model and text: an FP8 query
+whose scale is dropped; keys and values rounded to FP8 once more after they were dequantised; a scale of 1 in place of
+the layer's own.
 
-{bug_table(report)}
+{comparison_table(report)}
 
 ## A sample
 
@@ -138,13 +157,13 @@ jax {jax.__version__} on {jax.devices()[0].device_kind} ({platform.machine()}), 
 
 
 def draw(report: Report, path: Path) -> None:
-    """Four panels: loss, agreement, memory and speed, and the engine over time."""
+    """Four panels: change, agreement, memory and speed, and the engine over time."""
     figure, axes = plt.subplots(2, 2, figsize=(13, 8.5), layout="constrained")
     figure.suptitle("A byte-level language model served from a paged KV cache", fontsize=14)
     kinds = {"KV format": GOOD, "the same, FP8 query": QUERY, "emulated bug": BAD}
     handles = [Patch(color=kind_colour, label=kind) for kind, kind_colour in kinds.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-    draw_loss(axes[0, 0], report)
+    draw_change(axes[0, 0], report)
     draw_agreement(axes[0, 1], report)
     draw_memory(axes[1, 0], report)
     draw_timeline(axes[1, 1], report)
@@ -154,7 +173,7 @@ def draw(report: Report, path: Path) -> None:
 
 def colour(result: Result) -> str:
     """By kind: a KV format, one with FP8 queries, or a bug."""
-    return BAD if result.variant.correct else QUERY if result.variant.how.query else GOOD
+    return BAD if result.variant.bug else QUERY if result.variant.how.query else GOOD
 
 
 def bars(axes: Axes, results: list[Result], values: list[float], labels: list[str]) -> None:
@@ -166,13 +185,15 @@ def bars(axes: Axes, results: list[Result], values: list[float], labels: list[st
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_loss(axes: Axes, report: Report) -> None:
-    """Bits per byte lost, on a logarithmic axis: bugs and formats are orders of magnitude apart."""
-    losses = [report.loss(result) for result in report.results]
-    bars(axes, report.results, [max(loss, 1e-5) for loss in losses], [f"{loss:+.5f}" for loss in losses])
+def draw_change(axes: Axes, report: Report) -> None:
+    """How much a byte's bits change, on a logarithmic axis: bugs and formats are orders of magnitude apart."""
+    changes = [report.change(result) for result in report.results]
+    labels = [f"{report.loss(result):+.4f}" for result in report.results]
+    bars(axes, report.results, changes, labels)
     axes.set_xscale("log")
-    axes.set_xlim(1e-5, 20 * max(1e-4, *losses))
-    axes.set_title(f"Bits per byte lost against dense float32 ({report.dense_bits:.3f})\n(logarithmic)")
+    axes.set_xlim(0.3 * min(changes), 8 * max(changes))
+    title = "Change of a byte's bits against dense float32, mean magnitude"
+    axes.set_title(f"{title}\n(numbers: loss on its {report.dense_bits:.3f} bits per byte)")
 
 
 def draw_agreement(axes: Axes, report: Report) -> None:
