@@ -9,8 +9,11 @@ EXTRAS := test,bench,notebooks
 FIND_PYTHON := for p in python3 python3.13 python3.12; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then echo $$p; break; fi; done
 
-.PHONY: serve test smoke lint format notebooks clean
+.PHONY: which-python serve test smoke lint format notebooks clean
 .DELETE_ON_ERROR:
+
+which-python:
+	@$(FIND_PYTHON)
 
 serve: $(VENV)/.installed
 	$(PY) -m bench.serve $(if $(BACKEND),--backend $(BACKEND))

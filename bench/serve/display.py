@@ -20,9 +20,10 @@ SNIPPET = 64  # bytes of a request that are shown
 
 
 def snippet(request: Request) -> Text:
-    """The end of a request's text: the prompt dim, what was generated bright."""
+    """The end of what was read and written: the prompt dim, what was generated bright."""
     generated = printable(request.output)[-SNIPPET:]
-    prompt = printable(request.prompt)[-(SNIPPET - len(generated)) :] if len(generated) < SNIPPET else ""
+    read = printable(request.prompt[: request.cached])
+    prompt = read[-(SNIPPET - len(generated)) :] if len(generated) < SNIPPET else ""
     return Text.assemble((prompt, "dim"), (generated, "bold green"))
 
 
@@ -71,7 +72,8 @@ class Display:
         pages.add_row("pages", bar, f"{scheduler.pages_in_use}/{limits.pages}")
         rows = Table.grid(padding=(0, 1))
         for request in scheduler.running:
-            state = Text("prefill" if request.cached < len(request.prompt) else "decode", "yellow")
+            reading = "prefill" if request.max_new else "score"
+            state = Text(reading if request.cached < len(request.prompt) else "decode", "yellow")
             rows.add_row(state, f"{request.cached:3d}/{request.target}", snippet(request))
         return Panel(Group(Text(summary(server), "bold"), pages, rows), title=self.title, subtitle=self.progress)
 

@@ -22,7 +22,7 @@ class Workload:
     requests: int = 24
     compared: int = 8  # of them, for a variant that is compared with another
     windows: int = 8
-    alone: int = 1  # the last so many are served a second time, alone
+    alone: int = 1  # the last so many are served a second time, alone, in every plain KV format
     seed: int = 0
 
     def traffic(self) -> list[Request]:
@@ -116,7 +116,7 @@ class Bench:
     display: Display
 
     def measure(self, variant: Variant) -> Result:
-        """Serves the traffic, scores the windows, and serves some requests again alone."""
+        """Serves the traffic, scores the windows and, for a plain format, serves some requests again alone."""
 
         def server() -> Server:
             return Server(self.params, variant, self.config, self.limits)
@@ -129,5 +129,5 @@ class Bench:
         engine.serve(scored, self.display)
         nats = np.array([request.nats for request in scored])
         size, equal = variant.bytes_per_token(self.config, self.limits), self.yardstick.agreement(requests)
-        disturbed = len(interference(server, requests[-work.alone :]))
+        disturbed = 0 if variant.against else len(interference(server, requests[-work.alone :]))
         return Result(variant, nats, size, compile_seconds, stats, requests, equal, disturbed)

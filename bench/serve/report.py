@@ -110,7 +110,7 @@ def serving(report: Report) -> str:
     """What the engine did, in words: the first variant's run stands for all, for their schedules are the same."""
     first, limits = report.results[0], report.limits
     stats, handed_out = first.stats, sum(request.pages_used for request in first.served)
-    alone = report.work.alone * len(report.results)
+    alone = report.work.alone * len(report.formats)
     disturbed = sum(result.disturbed for result in report.results)
     return (
         f"{len(first.served)} requests of held-out text ({stats.fed:,} tokens fed, {stats.generated:,} generated) ran "

@@ -102,7 +102,7 @@ class PagedKVCache:
         return self.buffers[0]
 
     @property
-    def scales(self) -> tuple[Array, Array] | None:
+    def scales(self) -> tuple[Leaf, Leaf] | None:
         """(k scale, v scale), or None for a float format."""
         if isinstance(self.k, Quantized) and isinstance(self.v, Quantized):
             return self.k.scale, self.v.scale

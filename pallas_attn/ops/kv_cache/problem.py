@@ -11,6 +11,7 @@ from pallas_attn.core.caches import PagedKVCache, check_cache
 from pallas_attn.core.errors import require
 from pallas_attn.core.formats import Format, float_format
 from pallas_attn.core.layouts import Layout
+from pallas_attn.core.leaf import Leaf
 from pallas_attn.core.quantized import Quantized, find_scale, spread, to_storage
 
 
@@ -64,7 +65,7 @@ def prepare(cache, k, v, slots) -> tuple[Problem, Args]:
     return problem, Args(cache, _first(k, tokens), _first(v, tokens), slots)
 
 
-def _first(x: Array, tokens: int) -> Array:
+def _first(x: Leaf, tokens: int) -> Leaf:
     """The first rows; an abstract array of enough rows, which `explain` may bring, stays whole."""
     return x if x.shape[0] == tokens else x[:tokens]
 
