@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from pallas_attn.core.errors import require
@@ -33,8 +34,8 @@ class Buffer:
 
     def read(self, array: Array, sizes: Sizes, pages: Array) -> Array:
         """Gather whole pages: `[*pages.shape, S, K, (P,) D]`, stored values; page numbers are clamped."""
-        atomic = array.reshape([sizes[a] for a in self.atoms])
-        got = atomic.at[pages].get(mode="clip")
+        atomic = _bits(array).reshape([sizes[a] for a in self.atoms])
+        got = _as(atomic.at[pages].get(mode="clip"), array.dtype)
         lead = pages.ndim
         order = sorted(range(1, len(self.atoms)), key=lambda i: _LOGICAL.index(self.atoms[i]))
         got = got.transpose(*range(lead), *(i - 1 + lead for i in order))
@@ -59,12 +60,23 @@ class Buffer:
         logical = [a for a in sorted(atoms, key=_LOGICAL.index) if a[0] not in "NS"]
         rows = rows.reshape(rows.shape[0], *(sizes[a] for a in logical))
         rows = rows.transpose(0, *(1 + logical.index(a) for a in (*loops, *atoms[last + 1 :])))
-        atomic = array.reshape([sizes[a] for a in atoms])
-        atomic = atomic.at[tuple(index)].set(rows, mode="drop", wrap_negative_indices=False)
-        return atomic.reshape(array.shape)
+        atomic = _bits(array).reshape([sizes[a] for a in atoms])
+        atomic = atomic.at[tuple(index)].set(_bits(rows), mode="drop", wrap_negative_indices=False)
+        return _as(atomic.reshape(array.shape), array.dtype)
 
     def _letters(self) -> str:
         return "SKPD" if "P" in self.atoms else "SKD"
+
+
+def _bits(x: Array) -> Array:
+    """FP8 as bytes: where XLA has no FP8 it would convert the whole cache to a wider type, and back, to move a row."""
+    fp8 = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 1
+    return lax.bitcast_convert_type(x, jnp.uint8) if fp8 else x
+
+
+def _as(x: Array, dtype) -> Array:
+    """The bytes of `_bits` as what they were."""
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 
 _LOGICAL = ("N", "S1", "S", "S0", "K", "P", "D1", "D", "D0")  # logical order of the atomic axes
