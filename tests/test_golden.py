@@ -38,8 +38,8 @@ def assert_matches_upstream(name, out, lse):
         np.testing.assert_allclose(got, want, atol=1.5e-2, rtol=0.125)
     else:
         # Where the query is FP8 upstream rounds P to FP8, and is 1.6e-2 away from the exact result in relative L2.
-        # 2e-3 is our own rounding to bfloat16.
-        assert distance <= np.hypot(2e-3, float(goldens.INDEX[name]["sanity"]["out"]))
+        # 2.5e-3 is our own rounding to bfloat16.
+        assert distance <= np.hypot(2.5e-3, float(goldens.INDEX[name]["sanity"]["out"]))
         np.testing.assert_allclose(got, want, atol=min(1.5e-2, tolerance["atol"]), rtol=min(1e-2, tolerance["rtol"]))
     if "lse" in upstream:
         # The tensor-core path of FlashInfer sums the bf16-rounded P: off by up to 1.6e-3 in base 2.

@@ -295,10 +295,10 @@ SCANS = [("BF16", "NHD"), ("E4M3_TENSOR", "NHD"), ("E4M3_TENSOR", "PACKED"), ("E
 @pytest.mark.parametrize(("format", "layout"), SCANS)
 def test_scan_over_layers_copies_no_cache(format, layout, rng):
     """XLA's CPU backend keeps no FP8 in place: it takes the array through f16, so only other formats are held to it."""
-    scales = {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(0.25)} if "TENSOR" in format else {}
     kind = {"format": getattr(pa, format), "layout": getattr(pa, layout)}
 
     def allocate():
+        scales = {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(0.25)} if "TENSOR" in format else {}
         return pa.PagedKVCache.allocate(LAYERS * N, S, K, D, **kind, **scales)
 
     batch = pa.RaggedBatch(jnp.array([[3, 9], [5, 0]], jnp.int32), jnp.array([20, 4]), jnp.array([0, 2, 6]))

@@ -69,7 +69,8 @@ class PagedKVCache:
         if format.quantized:
             missing = k_scale is None or v_scale is None
             require(not missing, "k_scale, v_scale", "None", f"{format} needs both: calibrate them")
-            k_scale, v_scale = jnp.asarray(k_scale, jnp.float32), jnp.asarray(v_scale, jnp.float32)
+            # Copies: one buffer given twice could not be donated.
+            k_scale, v_scale = jnp.array(k_scale, jnp.float32), jnp.array(v_scale, jnp.float32)
         if layout.single:
             cache = cls.from_pages(arrays[0], layout, format=format, k_scale=k_scale, v_scale=v_scale)
         elif format.quantized:

@@ -141,13 +141,15 @@ def _check_batch(batch: RaggedBatch) -> None:
 
 
 def _check_lengths(batch: RaggedBatch, tokens: int, page_size: int) -> None:
-    """What can be seen of the lengths where they are concrete; at run time they are clamped."""
-    if is_concrete(batch.kv_lens) and batch.kv_lens.size:
-        room, most = batch.page_table.shape[1] * page_size, int(np.max(np.asarray(batch.kv_lens)))
+    """What can be seen of the real sequences' lengths where they are concrete; at run time they are clamped."""
+    if batch.num_seqs is not None and not is_concrete(batch.num_seqs):
+        return
+    live = batch.page_table.shape[0] if batch.num_seqs is None else int(batch.num_seqs)
+    if is_concrete(batch.kv_lens):
+        room, most = batch.page_table.shape[1] * page_size, int(np.max(np.asarray(batch.kv_lens)[:live], initial=0))
         fix = f"page_table has {batch.page_table.shape[1]} pages of {page_size}: widen it to {-(-most // page_size)}"
         require(most <= room, "batch.kv_lens", most, fix)
-    if is_concrete(batch.cu_q_lens) and is_concrete(batch.num_seqs if batch.num_seqs is not None else 0):
-        live = batch.page_table.shape[0] if batch.num_seqs is None else int(batch.num_seqs)
+    if is_concrete(batch.cu_q_lens):
         cu = np.asarray(batch.cu_q_lens)[: live + 1]
         rising = bool(np.all(np.diff(cu) >= 0) and cu[0] >= 0)
         require(

@@ -23,7 +23,7 @@ def run(p: Problem, *arrays):
     w = Where(seq, context, kv_len, q_pos[:, None], real[:, None], jnp.arange(p.pages_per_seq * p.page_size))
     seen = visible(args.mask, w)
     k, v = cache_numbers(args.cache, args.batch.page_table[seq], seq, seen[:, 0])
-    q = query_numbers(args.q, p.kv_heads)[:, :, :, None]
+    q = query_numbers(args.q, p.kv_heads, real)[:, :, :, None]
     s = scores(dot("tkgqd,txkd->tkgqx", q, k), args.scale, args.bias, args.soft_cap, w)
     s = jnp.where(seen[:, None, None], s, -jnp.inf)
     out, lse = softmax(s, v, args.sinks, real)

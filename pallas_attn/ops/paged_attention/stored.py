@@ -5,13 +5,17 @@ from jaxtyping import Array
 
 from pallas_attn.core.caches import PagedKVCache, to_token_major
 from pallas_attn.core.formats import Format
-from pallas_attn.core.quantized import Quantized, dequantize, to_storage
+from pallas_attn.core.quantized import Quantized, spread, to_storage
 
 
-def query_numbers(q: Array | Quantized, kv_heads: int) -> Array:
-    """The query in float32 as [T, K, G, D], its scale applied."""
-    x = dequantize(q) if isinstance(q, Quantized) else q.astype(jnp.float32)
-    return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
+def query_numbers(q: Array | Quantized, kv_heads: int, real: Array) -> Array:
+    """The query in float32 as [T, K, G, D], its scale applied; padding (not real [T]) is zero, whatever it holds."""
+    real = real[:, None, None]
+    x = q.values if isinstance(q, Quantized) else q
+    number = jnp.where(real, x.astype(jnp.float32), 0.0)
+    if isinstance(q, Quantized):
+        number = number * jnp.where(real, spread(q.format, q.scale, x.shape), 0.0)
+    return number.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
 
 
 def cache_numbers(cache: PagedKVCache, pages: Array, seq: Array, seen: Array) -> tuple[Array, Array]:
@@ -26,10 +30,12 @@ def cache_numbers(cache: PagedKVCache, pages: Array, seq: Array, seen: Array) ->
 
 
 def _numbers(cache: PagedKVCache, x: Array, scale: Array | None, pages: Array, seq: Array, seen: Array) -> Array:
-    number = x.astype(jnp.float32)
-    if scale is not None:
-        number = number * _scale_of(cache, scale, pages, seq, seen.shape)
-    return jnp.where(seen[..., None, None], number, 0.0)
+    # Values and scales are cleared before they meet, so that no NaN of an unread slot reaches a gradient either.
+    seen = seen[..., None, None]
+    number = jnp.where(seen, x.astype(jnp.float32), 0.0)
+    if scale is None:
+        return number
+    return number * jnp.where(seen, _scale_of(cache, scale, pages, seq, seen.shape[:2]), 0.0)
 
 
 def _scale_of(cache: PagedKVCache, scale: Array, pages: Array, seq: Array, shape: tuple[int, ...]) -> Array:

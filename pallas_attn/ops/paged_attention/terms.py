@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from pallas_attn.core.masks import Bias, Mask
@@ -64,13 +65,14 @@ def _in_prefix(mask: Mask, q: Array, k: Array, ranges: Array) -> Array:
     return together
 
 
-def scores(s: Array, scale: Array, bias: Bias, soft_cap: Array | None, w: Where) -> Array:
+def scores(s: Array, scale: ArrayLike, bias: Bias, soft_cap: ArrayLike | None, w: Where) -> Array:
     """Logits [*L, K, G, Q, X] from the dot products of the numbers (scales folded in): scale, bias, soft cap."""
     s = s * scale
     added = _biases(bias, s.shape, w)
     if added is not None and bias.before_soft_cap:
         s = s + added
     if soft_cap is not None:
+        soft_cap = jnp.asarray(soft_cap)
         cap = jnp.where(soft_cap > 0, soft_cap, 1.0)
         s = jnp.where(soft_cap > 0, cap * jnp.tanh(s / cap), s)
     return s + added if added is not None and not bias.before_soft_cap else s

@@ -79,7 +79,7 @@ def cut(p: Problem, batch: RaggedBatch) -> tuple[Tiles, int]:
 
 def gather_queries(p: Problem, args: Args, tiles: Tiles) -> Array:
     """The query numbers by tile: [NT, K, G, BQ, D]."""
-    return query_numbers(args.q, p.kv_heads)[tiles.token].transpose(0, 2, 3, 1, 4)
+    return query_numbers(args.q, p.kv_heads, tiles.live)[tiles.token].transpose(0, 2, 3, 1, 4)
 
 
 def to_tokens(p: Problem, x: Array, tiles: Tiles, fill: float) -> Array:
