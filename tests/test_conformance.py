@@ -1,7 +1,8 @@
 """Every option, format, layout, page size and head shape of paged attention, against the float64 oracle.
 
-Formats and layouts meet each other and every option meets every granularity and every layout; the full product would
-only repeat those pairs. Unread slots, pages, scales, table entries and padding are poison in all of them.
+All pairs of format and layout, and three granularities in three layouts for each option: two cores cannot compile the
+full product, and hypothesis (test_properties.py) mixes the rest. Unread slots, pages, scales, table entries and padding
+are poison in all of them.
 """
 
 import jax
@@ -93,12 +94,12 @@ def test_format_in_layout(format, layout, backend, rng):
 
 
 GRANULARITIES = ("F32", "E4M3_TENSOR", "E5M2_HEAD", "E4M3_SEQ_HEAD", "INT8_TOKEN_HEAD")
-CELLS = [  # the reference, which knows no layouts and streams nothing, is held to two granularities of each option
+CELLS = [
     pytest.param(name, format, layout, backend, id=f"{backend}-{name}-{format}-{layout}")
     for i, name in enumerate(OPTIONS)
     for j, format in enumerate(GRANULARITIES)
     for layout in [LAYOUTS[(i + j) % 5]]
-    for backend in (["reference", "xla"] if (i + j) % 5 < 2 else ["xla"])
+    for backend in {0: ["reference", "xla"], 1: ["xla"], 2: ["reference", "xla"]}.get((i - 2 * j) % 5, [])
 ]
 
 
@@ -128,10 +129,10 @@ def test_default_output_of_a_quantized_query_is_bfloat16(backend, rng):
 
 @pytest.mark.parametrize("format", ["E4M3_TENSOR", "E4M3_STATIC", "E5M2_TENSOR"])
 def test_fp8_output(format, backend, rng):
-    problem, scale = make(rng, "E4M3_TENSOR", q_format="E4M3_TENSOR"), jnp.float32(0.001)
-    got = pa.paged_attention(*problem.arguments(), out=(getattr(pa, format), scale), backend=backend)
+    problem, scale = make(rng, "E4M3_TENSOR", q_format="E4M3_TENSOR"), 0.3 / getattr(pa, format).qmax
+    got = pa.paged_attention(*problem.arguments(), out=(getattr(pa, format), jnp.float32(scale)), backend=backend)
     want = problem.expected()[0]
-    codes = oracle.to_fp8(np.float32(want / 0.001), got.values.dtype.type).astype(np.float64)
+    codes = oracle.to_fp8(np.float32(want / scale), got.values.dtype.type).astype(np.float64)
     assert np.abs(codes).max() == getattr(pa, format).qmax  # the small scale makes some saturate
     step = np.abs(codes) * (0.125 if format.startswith("E4") else 0.25) + 2.0**-9
     difference = np.abs(np.asarray(got.values, np.float64) - codes)
@@ -157,7 +158,7 @@ SHAPES = {  # heads (query, kv), head dim, value head dim, page size
 SHAPE_CELLS = [
     pytest.param(name, format, LAYOUTS[(i + 2 * j) % 5], id=f"{name}-{format}-{LAYOUTS[(i + 2 * j) % 5]}")
     for i, name in enumerate(SHAPES)
-    for j, format in enumerate(("BF16", "E4M3_TENSOR", "E4M3_HEAD", "INT8_TOKEN_HEAD"))
+    for j, format in enumerate(("E4M3_TENSOR", ("BF16", "E4M3_HEAD", "INT8_TOKEN_HEAD")[i % 3]))
 ]
 
 

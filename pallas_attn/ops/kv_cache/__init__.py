@@ -1,34 +1,15 @@
 """The KV cache: writing tokens into pages."""
 
-from collections.abc import Iterator
-
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_attn.core.caches import PagedKVCache, abstract_cache
-from pallas_attn.core.formats import E4M3_TENSOR, KV_FORMATS
-from pallas_attn.core.layouts import LAYOUTS, NHD
-from pallas_attn.ops.kv_cache.problem import Problem, outputs, prepare
+from pallas_attn.core.caches import PagedKVCache
+from pallas_attn.ops.kv_cache.cases import support_cases
+from pallas_attn.ops.kv_cache.problem import outputs, prepare
 from pallas_attn.runtime.dispatch import Backend, Op, register
 from pallas_attn.runtime.op import apply
 
 _HERE = "pallas_attn.ops.kv_cache"
-
-
-def support_cases() -> Iterator[tuple[str, str, Problem]]:
-    """(dimension, name, problem) of every format that can be written, and of every layout."""
-    S = jax.ShapeDtypeStruct
-    rows, slots = S((32, 2, 128), jnp.bfloat16), S((32,), jnp.int32)
-
-    def problem(format, layout):
-        return prepare(abstract_cache(format, layout), rows, rows, slots)[0]
-
-    for format in KV_FORMATS:
-        if format.granularity != "seq_head":
-            yield "format", format.name, problem(format, NHD)
-    for layout in LAYOUTS:
-        yield "layout", layout.name, problem(E4M3_TENSOR, layout)
 
 
 OP = register(
