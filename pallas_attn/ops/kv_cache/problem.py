@@ -57,6 +57,7 @@ def prepare(cache, k, v, slots) -> tuple[Problem, Args]:
         require(x.shape[0] >= tokens, name, f"{x.shape[0]} tokens", f"slots names {tokens}")
         require(x.shape[1] == cache.kv_heads, name, f"{x.shape[1]} heads", f"the cache has {cache.kv_heads} kv heads")
         require(x.shape[2] == dim, name, f"head_dim {x.shape[2]}", f"the cache has {dim}")
+    require(k.shape[0] == v.shape[0], "v", f"{v.shape[0]} tokens", f"k has {k.shape[0]}")
     leaves = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(cache))
     problem = Problem(
         tokens, cache.kv_heads, cache.head_dim, cache.v_head_dim, cache.num_pages, cache.page_size,
