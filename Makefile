@@ -9,7 +9,7 @@ EXTRAS := test,bench,notebooks
 FIND_PYTHON := for p in python3 python3.13 python3.12; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then echo $$p; break; fi; done
 
-.PHONY: which-python serve test smoke lint format notebooks clean
+.PHONY: which-python serve test bench smoke lint format notebooks clean
 .DELETE_ON_ERROR:
 
 which-python:
@@ -24,6 +24,9 @@ test: $(VENV)/.installed
 # The smaller pass for another jax: import, reference, goldens and conformance of the portable backend.
 smoke: $(VENV)/.installed
 	$(PY) -m pytest -n 2 tests/test_structure.py tests/test_golden.py tests/test_quantize.py tests/test_conformance.py $(PYTEST)
+
+bench: $(VENV)/.installed
+	$(PY) -m bench run $(BENCH)
 
 lint: $(VENV)/.linters
 	$(VENV)/bin/ruff check .

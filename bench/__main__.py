@@ -1,0 +1,83 @@
+"""`python -m bench list | run | plot`: the benchmark of paged attention."""
+
+import argparse
+import fnmatch
+from pathlib import Path
+
+import jax
+from tabulate import tabulate
+
+from bench import record, timing
+from bench.cases import Case, all_cases, arguments, operation, relative_error
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("list", "name the cases"), ("run", "measure cases, add to bench/results")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--op", choices=("decode", "prefill"), help="only this kind")
+        command.add_argument("--case", default="*", help="a name or a pattern such as 'dec_*_qfp8'")
+        command.add_argument("--layout", choices=("NHD", "HND"), help="only this layout")
+    command.add_argument("--backend", help="default: the best that supports the case")
+    command.add_argument("--repeat", type=int, default=11)
+    command.add_argument("--results", type=Path, default=record.RESULTS)
+    picture = commands.add_parser("plot", help="draw a results file")
+    picture.add_argument("file", type=Path)
+    picture.add_argument("--out", type=Path, default=record.OUT / "bench.png")
+    args = parser.parse_args(argv)
+    {"list": show, "run": run, "plot": draw}[args.command](args)
+
+
+def chosen(args: argparse.Namespace) -> list[Case]:
+    """The cases that the options select."""
+    cases = [
+        c for c in all_cases().values()
+        if fnmatch.fnmatch(c.name, args.case) and args.op in (None, c.op) and args.layout in (None, c.layout.name)
+    ]  # fmt: skip
+    if not cases:
+        raise SystemExit(f"no case is called {args.case}: see `python -m bench list`")
+    return cases
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print the cases with their floors and best peers."""
+    rows = [(c.name, c.layout.name, c.floor_us, *(c.best_peer or ("", None))) for c in chosen(args)]
+    print(tabulate(rows, headers=["case", "layout", "floor us", "best peer", "us"], floatfmt=".1f"))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print and record."""
+    small = jax.default_backend() != "gpu"
+    if small:
+        print("no GPU here: the portable backend on small cases, by the host's clock; nothing is recorded")
+    for case in chosen(args):
+        if small:
+            case = case.small()
+        measured = one(case, args.backend, args.repeat)
+        print(measured.line(), flush=True)
+        if not small:
+            record.append(measured, args.results)
+
+
+def one(case: Case, backend: str | None, repeat: int) -> record.Result:
+    """Check and time one case."""
+    from pallas_attn import explain, paged_attention
+
+    args = arguments(case)
+    answers = explain(paged_attention, *args, backend=backend)
+    name = next(name for name, answer in answers.items() if answer == "chosen")
+    op = operation(backend)
+    error = relative_error(case, args, jax.jit(op)(*args))
+    return record.result(case, name, timing.measure(op, *args, repeat=repeat), error)
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Picture of a results file."""
+    record.plot(record.read(args.file), args.out)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

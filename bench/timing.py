@@ -1,0 +1,104 @@
+"""How long an op takes: on a GPU from its first kernel's start to its last one's end, by CUPTI, with a cold L2."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+FLUSH_BYTES = 256 << 20  # five times the L2 of an H100
+
+
+class Timing(NamedTuple):
+    """Medians over the calls: span from first start to last end, sum of the kernels alone, kernels of one call."""
+
+    us: float
+    kernel_sum_us: float | None
+    launches: int | None
+
+
+class Kernel(NamedTuple):
+    """One kernel or copy on the device's timeline, in nanoseconds."""
+
+    start: float
+    end: float
+    flush: bool
+
+
+def measure(fn: Callable, *args, repeat: int = 11) -> Timing:
+    """The time of one call of `fn`, jitted here, after warming up; on a CPU by the host's clock."""
+    op = jax.jit(fn)
+    for _ in range(3):
+        jax.block_until_ready(op(*args))
+    return _on_gpu(op, args, repeat) if jax.default_backend() == "gpu" else _on_cpu(op, args, repeat)
+
+
+def _on_cpu(op: Callable, args: tuple, repeat: int) -> Timing:
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        jax.block_until_ready(op(*args))
+        times.append(1e6 * (time.perf_counter() - start))
+    return Timing(statistics.median(times), None, None)
+
+
+def _on_gpu(op: Callable, args: tuple, repeat: int) -> Timing:
+    flush, junk = jax.jit(flush_l2, donate_argnums=0), jnp.zeros(FLUSH_BYTES // 4, jnp.float32)
+    junk = jax.block_until_ready(flush(junk))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(repeat):
+                junk = jax.block_until_ready(flush(junk))
+                jax.block_until_ready(op(*args))
+        (trace,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(trace))
+        calls = split(kernels(data))
+    if len(calls) != repeat:
+        raise RuntimeError(f"the trace shows {len(calls)} calls instead of {repeat}")
+    return summarize(calls)
+
+
+def flush_l2(x: jax.Array) -> jax.Array:
+    """Reads and writes more than the cache holds."""
+    return x + 1
+
+
+def kernels(data: Any) -> list[Kernel]:
+    """Everything that ran on the first GPU's streams, in order of start."""
+    found = []
+    for plane in data.planes:
+        if not plane.name.startswith("/device:GPU:0"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                module = str(dict(event.stats).get("hlo_module", ""))
+                found.append(Kernel(event.start_ns, event.start_ns + event.duration_ns, "flush_l2" in module))
+    return sorted(found)
+
+
+def split(timeline: Iterable[Kernel]) -> list[list[Kernel]]:
+    """The kernels of each call: what stands between one flush and the next."""
+    calls: list[list[Kernel]] = []
+    fresh = True
+    for kernel in timeline:
+        if kernel.flush:
+            fresh = True
+            continue
+        if fresh:
+            calls.append([])
+            fresh = False
+        calls[-1].append(kernel)
+    return calls
+
+
+def summarize(calls: list[list[Kernel]]) -> Timing:
+    """Medians over the calls, in microseconds."""
+    spans = [(max(k.end for k in call) - call[0].start) / 1e3 for call in calls]
+    sums = [sum(k.end - k.start for k in call) / 1e3 for call in calls]
+    return Timing(statistics.median(spans), statistics.median(sums), int(statistics.median(map(len, calls))))
