@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from pallas_attn.core.arch import Arch, arch_of
 from pallas_attn.core.errors import Unsupported, require
 
 ANY = ("cpu", "cuda", "rocm", "tpu")
@@ -30,6 +31,7 @@ class Backend:
     name: str
     module: str
     platforms: tuple[str, ...] = ANY
+    archs: tuple[Arch, ...] | None = None  # of NVIDIA GPUs; None for all
     cost: str = ""
 
     def load(self) -> Any:
@@ -113,6 +115,25 @@ def supports(backend: Backend, problem: Any) -> str | None:
     return backend.load().supports(problem)
 
 
+def here(backend: Backend, platform: str) -> str | None:
+    """None, or why the backend cannot run on this platform and its GPU; without a GPU in sight, any is assumed."""
+    if platform not in backend.platforms:
+        return f"not on {platform}"
+    arch = present_arch() if platform == "cuda" and backend.archs is not None else None
+    if arch is None or backend.archs is None or arch in backend.archs:
+        return None
+    return f"only on {', '.join(a.name for a in backend.archs)}"
+
+
+@functools.cache
+def present_arch() -> Arch | None:
+    """The generation of the first GPU, None where JAX sees none."""
+    try:
+        return arch_of(jax.devices("gpu")[0].compute_capability)
+    except RuntimeError:
+        return None
+
+
 def named(op: Op, problem: Any, name: str) -> str:
     """`name`, once its backend has agreed to the problem."""
     reason = supports(op.backend(name), problem)
@@ -127,7 +148,7 @@ def choose(op: Op, problem: Any, platform: str, strict: bool = False) -> Backend
     for backend in op.backends:
         if platform not in backend.platforms:
             continue
-        reason = supports(backend, problem)
+        reason = here(backend, platform) or supports(backend, problem)
         if reason is None:
             if refused:
                 _fall_back(op.name, backend, tuple(refused), strict)
@@ -164,7 +185,7 @@ def explain(op: Callable | str, *args, **kwargs) -> dict[str, str]:
     platform = canonical(jax.default_backend())
     answer = {}
     for backend in spec.backends:
-        reason = f"not on {platform}" if platform not in backend.platforms else supports(backend, problem)
+        reason = here(backend, platform) or supports(backend, problem)
         first = reason is None and "chosen" not in answer.values() and wanted in (None, backend.name)
         answer[backend.name] = reason or ("chosen" if first else "supported")
     return answer

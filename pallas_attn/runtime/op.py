@@ -45,7 +45,8 @@ def _run(*leaves, call: Call, platform: str):
     op = OPS[call.op]
     if call.backend is not None:
         backend = op.backend(call.backend)
-        dispatch.require(platform in backend.platforms, "backend", call.backend, f"it does not run on {platform}")
+        reason = dispatch.here(backend, platform)
+        dispatch.require(reason is None, "backend", call.backend, f"it does not run on this machine: {reason}")
     else:
         backend = dispatch.choose(op, call.problem, platform, call.strict)
     with jax.named_scope(f"pallas_attn.{call.op}.{backend.name}"):

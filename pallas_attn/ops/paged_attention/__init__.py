@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float
 
+from pallas_attn.core.arch import Arch
 from pallas_attn.core.batch import RaggedBatch
 from pallas_attn.core.caches import PagedKVCache
 from pallas_attn.core.formats import Format
@@ -14,6 +15,7 @@ from pallas_attn.runtime.op import apply
 
 _HERE = "pallas_attn.ops.paged_attention"
 BACKENDS = (
+    Backend("mosaic", f"{_HERE}.mosaic_decode", ("cuda",), (Arch.HOPPER,)),
     Backend("xla", f"{_HERE}.xla", cost="no tensor cores for FP8, several kernels a block"),
     Backend("reference", f"{_HERE}.reference", cost="memory tokens x context"),
 )
