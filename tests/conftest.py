@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,3 +18,12 @@ def backend(request):
     """Every portable backend, refusals being errors."""
     with pa.strict():
         yield request.param
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` need one."""
+    if jax.default_backend() == "gpu":
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))

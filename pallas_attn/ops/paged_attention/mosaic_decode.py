@@ -14,7 +14,7 @@ deterministic.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ SMS = 132
 MERGED = 8  # partial results that the combine loads at once
 BAND = 64  # head dims of one CTA of the combine
 CAN = {"window", "soft cap", "sinks", "FP8 output", "LSE"}
+INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernels on a CPU
 LOG2E = math.log2(math.e)
 FAR = -1e30  # stands for -inf in the running maximum: -inf less -inf is NaN
 Layout = plgpu.Layout
@@ -147,7 +148,7 @@ def combine(p: Problem, partial: Array, span: Array, sinks: Array) -> tuple[Arra
         _merge, out_type=(shape, sums),
         grid=(p.seqs, p.kv_heads, p.head_dim // BAND), grid_names=("seq", "head", "band"),
         scratch_types=[plgpu.SMEM((BAND, rows), jnp.float32), plgpu.SMEM((2, rows), jnp.float32)],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True), interpret=INTERPRET,
     )  # fmt: skip
     out, sums = kernel(partial, span, start)
     top, mass = sums[:, :, 0, : p.group], sums[:, :, 1, : p.group]
@@ -224,7 +225,7 @@ def partials(p: Problem, terms, factor, buffers, page_table, kv_len, low, plan: 
     kernel = plgpu.kernel(
         lambda *refs: _body(p, cap is not None, *refs),
         out_type=shape, grid=(workers, p.kv_heads), grid_names=("worker", "head"), scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True), interpret=INTERPRET,
     )  # fmt: skip
     return kernel(*inputs, jnp.ones(2) if cap is None else cap)
 
