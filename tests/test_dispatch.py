@@ -1,5 +1,6 @@
 """Choosing a backend: declared, explained, never silent."""
 
+import dataclasses
 import subprocess
 import sys
 import types
@@ -59,6 +60,21 @@ def test_a_named_backend_must_exist_and_agree(fake):
         dispatch.named(fake, 3, "fast")
 
 
+def test_a_backend_of_another_machine_is_refused():
+    cache = pa.PagedKVCache.allocate(8, 16, 2, 128, format=pa.E4M3_TENSOR, k_scale=0.5, v_scale=0.25)
+    batch = dataclasses.replace(problem()[2], max_q_len=1, cu_q_lens=jnp.array([0, 1, 2]))
+    with pytest.raises(pa.InvalidInput, match="does not run on this machine: not on cpu"):
+        pa.paged_attention(jnp.zeros((2, 4, 128)), cache, batch, backend="mosaic")
+
+
+def test_an_older_gpu_is_told(monkeypatch):
+    backend = Backend("fast", "fake_fast", ("cuda",), (Arch.HOPPER,))
+    monkeypatch.setattr(dispatch, "present_arch", lambda: Arch.AMPERE)
+    assert dispatch.here(backend, "cuda") == "only on HOPPER"
+    monkeypatch.setattr(dispatch, "present_arch", lambda: None)  # lowering ahead of time, no GPU in sight
+    assert dispatch.here(backend, "cuda") is None
+
+
 def traced_backend(**kwargs):
     return str(jax.make_jaxpr(lambda *xs: pa.paged_attention(*xs, **kwargs))(*problem()))
 
@@ -92,8 +108,10 @@ def test_a_policy_is_part_of_the_jit_cache_key():
 
 def test_explain_needs_no_run():
     args = problem()
-    assert pa.explain(pa.paged_attention, *args) == {"xla": "chosen", "reference": "supported"}
-    assert pa.explain("paged_attention", *args, backend="reference") == {"xla": "supported", "reference": "chosen"}
+    elsewhere = {"mosaic": "not on cpu"}
+    assert pa.explain(pa.paged_attention, *args) == elsewhere | {"xla": "chosen", "reference": "supported"}
+    named = pa.explain("paged_attention", *args, backend="reference")
+    assert named == elsewhere | {"xla": "supported", "reference": "chosen"}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
     assert pa.explain(pa.paged_attention, *abstract)["xla"] == "chosen"
     with pytest.raises(pa.InvalidInput, match="op"):
@@ -103,7 +121,8 @@ def test_explain_needs_no_run():
 def test_support_table_covers_every_format_layout_and_option():
     rows = {(r.op, r.dimension, r.case) for r in pa.support_table()}
     for format in pa.KV_FORMATS:
-        assert ("paged_attention", "format", format.name) in rows
+        assert ("paged_attention", "mixed, format", format.name) in rows
+        assert ("paged_attention", "decode, format", format.name) in rows
         assert (("write_kv", "format", format.name) in rows) == (format.granularity != "seq_head")
     assert {c for o, d, c in rows if (o, d) == ("write_kv", "layout")} == {layout.name for layout in pa.LAYOUTS}
 

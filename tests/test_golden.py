@@ -26,7 +26,7 @@ def upstream_lse(name):
     return lse * (np.log(2) if options["lse_base"] == "2" else 1)
 
 
-def assert_matches_upstream(name, out, lse):
+def assert_matches_upstream(name, out, lse, lse_atol=1e-4):
     options, _, upstream = goldens.load(name)
     tolerance = goldens.INDEX[name]["tolerance"]
     got, want = (np.asarray(x, np.float64) * options.get("output_scale", 1) for x in (out, upstream["out"]))
@@ -43,7 +43,7 @@ def assert_matches_upstream(name, out, lse):
         np.testing.assert_allclose(got, want, atol=min(1.5e-2, tolerance["atol"]), rtol=min(1e-2, tolerance["rtol"]))
     if "lse" in upstream:
         # The tensor-core path of FlashInfer sums the bf16-rounded P: off by up to 1.6e-3 in base 2.
-        atol = 1.2e-3 if name == "flashinfer_prefill" else 1e-4
+        atol = 1.2e-3 if name == "flashinfer_prefill" else lse_atol
         np.testing.assert_allclose(np.asarray(lse), upstream_lse(name), atol=atol)
 
 

@@ -49,7 +49,10 @@ def _count(rows: list[Row], backend: str) -> str:
     if not all(backend in r.answers for r in rows):
         return ""
     refused = [r.case for r in rows if r.answers[backend] is not None]
-    return "all" if not refused else f"all but {', '.join(refused)}" if len(refused) < len(rows) else "none"
+    taken = [r.case for r in rows if r.answers[backend] is None]
+    if not taken or not refused:
+        return "all" if taken else "none"
+    return f"all but {', '.join(refused)}" if len(refused) < len(taken) else f"only {', '.join(taken)}"
 
 
 def support_table() -> SupportTable:

@@ -51,19 +51,23 @@ def options() -> tuple[Option, ...]:
     )
 
 
-def abstract_batch(seqs: int = 3, pages_per_seq: int = 4) -> RaggedBatch:
+def abstract_batch(seqs: int = 3, pages_per_seq: int = 4, max_q_len: int | None = None) -> RaggedBatch:
     """A batch of shapes only."""
-    return RaggedBatch(S((seqs, pages_per_seq), jnp.int32), S((seqs,), jnp.int32), S((seqs + 1,), jnp.int32))
+    shapes = ((seqs, pages_per_seq), (seqs,), (seqs + 1,))
+    return RaggedBatch(*(S(s, jnp.int32) for s in shapes), max_q_len=max_q_len)
 
 
 def support_cases() -> Iterator[tuple[str, str, Problem]]:
-    """(dimension, name, problem) of each format, layout and option, one varied at a time from FP8 per tensor in NHD."""
-    q = S((32, 8, 128), jnp.bfloat16)
-    for format in KV_FORMATS:
-        yield "format", format.name, prepare(q, abstract_cache(format, NHD, seqs=3), abstract_batch())[0]
-    for layout in LAYOUTS:
-        yield "layout", layout.name, prepare(q, abstract_cache(E4M3_TENSOR, layout), abstract_batch())[0]
-    for option in options():
-        kwargs = dict(option.kwargs)
+    """(dimension, name, problem) of each format, layout and option, one varied at a time from FP8 per tensor in NHD;
+    for mixed batches and for pure decode (max_q_len 1)."""
+    for kind, most in (("mixed", None), ("decode", 1)):
+        batch = abstract_batch(max_q_len=most)
+        q = S((32, 8, 128), jnp.bfloat16)
+        for format in KV_FORMATS:
+            yield f"{kind}, format", format.name, prepare(q, abstract_cache(format, NHD, seqs=3), batch)[0]
         cache = abstract_cache(E4M3_TENSOR, NHD)
-        yield "option", option.name, prepare(kwargs.pop("q", q), cache, abstract_batch(), **kwargs)[0]
+        for layout in LAYOUTS:
+            yield f"{kind}, layout", layout.name, prepare(q, abstract_cache(E4M3_TENSOR, layout), batch)[0]
+        for option in options():
+            kwargs = dict(option.kwargs)
+            yield f"{kind}, option", option.name, prepare(kwargs.pop("q", q), cache, batch, **kwargs)[0]

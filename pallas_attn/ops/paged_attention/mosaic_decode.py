@@ -33,11 +33,13 @@ STAGES = 2
 SMS = 132
 MERGED = 8  # partial results that the combine loads at once
 BAND = 64  # head dims of one CTA of the combine
-CAN = {"window", "soft cap", "sinks", "FP8 output", "LSE"}
+# The one query of a sequence is its last token: there is nothing after it for a causal mask to hide.
+CAN = {"non-causal", "per-sequence causal", "window", "soft cap", "sinks", "FP8 output", "LSE"}
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernels on a CPU
 LOG2E = math.log2(math.e)
 FAR = -1e30  # stands for -inf in the running maximum: -inf less -inf is NaN
 Layout = plgpu.Layout
+ACC = plgpu.ACC  # type: ignore[attr-defined]  # public in fact, not in the type stubs
 
 
 def supports(p: Problem) -> str | None:
@@ -120,8 +122,7 @@ def run(p: Problem, *arrays):
     factor = factor * args.scale * _per_head(k_scale, p)[..., None]
     workers = max(SMS * (4 if rows == 8 else 3) // p.kv_heads, 1)
     plan = schedule(p, kv_len, low, workers)
-    on = None if args.soft_cap is None else args.soft_cap > 0
-    cap = None if on is None else jnp.stack([jnp.where(on, args.soft_cap, 1.0), on.astype(jnp.float32)])
+    cap = None if args.soft_cap is None else _cap(args.soft_cap)
     partial = partials(p, terms, factor, args.cache.buffers, args.batch.page_table, kv_len, low, plan, cap)
     sinks = jnp.full(p.q_heads, -jnp.inf) if args.sinks is None else args.sinks.astype(jnp.float32)
     out, lse = combine(p, partial, plan.span, sinks)
@@ -129,6 +130,12 @@ def run(p: Problem, *arrays):
     seq, _, live = args.batch.tokens(p.tokens)
     out = finish(jnp.where(live[:, None, None], out[seq], 0.0), p.out_dtype, p.out_format, args.out_scale)
     return (out, jnp.where(live[:, None], lse[seq], -jnp.inf)) if p.return_lse else (out,)
+
+
+def _cap(cap: Array) -> Array:
+    """(cap, 1), or (1, 0) for a cap that is not positive, which is none."""
+    on = cap > 0
+    return jnp.stack([jnp.where(on, cap, 1.0), on.astype(jnp.float32)])
 
 
 def _per_head(scale: Array, p: Problem) -> Array:
@@ -200,7 +207,8 @@ def _merge(partial, span, start, out, sums, o_tile, s_tile) -> None:
 def swizzled(dtype, columns: int) -> tuple:
     """Transforms of a tile of rows for TMA and the matrix unit."""
     width = min(128, columns * jnp.dtype(dtype).itemsize)
-    return plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(width)
+    columns = width // jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(width)  # type: ignore[abstract]
 
 
 def partials(p: Problem, terms, factor, buffers, page_table, kv_len, low, plan: Schedule, cap) -> Array:
@@ -280,7 +288,7 @@ def _body(
                 plgpu.wgmma(acc, k_ring.at[slot], q_tile.transpose((1, 0)))
                 return acc[...]
 
-            s = pl.run_scoped(multiply, plgpu.ACC((TILE, q_tile.shape[0]), jnp.float32))
+            s = pl.run_scoped(multiply, ACC((TILE, q_tile.shape[0]), jnp.float32))
             total = s[:, :rows]
             for term in range(1, q_tile.shape[0] // rows):
                 total = total + s[:, term * rows : (term + 1) * rows]
@@ -319,7 +327,7 @@ def _body(
                 plgpu.wgmma(acc, v_wide.transpose((1, 0)), p_tile.transpose((1, 0)))
                 return acc[...]
 
-            product = pl.run_scoped(multiply, plgpu.ACC((depth, rows), jnp.float32))
+            product = pl.run_scoped(multiply, ACC((depth, rows), jnp.float32))
             return acc * spread(keep, depth) + product, new, total
 
         state = (
