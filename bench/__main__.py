@@ -56,18 +56,20 @@ def run(args: argparse.Namespace) -> None:
         if small:
             case = case.small()
         measured = one(case, args.backend, args.repeat)
-        print(measured.line(), flush=True)
-        if not small:
+        print(measured if isinstance(measured, str) else measured.line(), flush=True)
+        if not small and not isinstance(measured, str):
             record.append(measured, args.results)
 
 
-def one(case: Case, backend: str | None, repeat: int) -> record.Result:
-    """Check and time one case."""
+def one(case: Case, backend: str | None, repeat: int) -> record.Result | str:
+    """Check and time one case; or say why the backend refuses it."""
     from pallas_attn import explain, paged_attention
 
     args = arguments(case)
     answers = explain(paged_attention, *args, backend=backend)
-    name = next(name for name, answer in answers.items() if answer == "chosen")
+    name = next((name for name, answer in answers.items() if answer == "chosen"), None)
+    if name is None:
+        return f"{case.name:40s} {backend} refuses: {answers.get(backend or '', 'there is no such backend')}"
     op = operation(backend)
     error = relative_error(case, args, jax.jit(op)(*args))
     return record.result(case, name, timing.measure(op, *args, repeat=repeat), error)

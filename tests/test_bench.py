@@ -65,3 +65,8 @@ def test_list_names_every_case(capsys):
     assert all(name in said for name in cases.all_cases())
     with pytest.raises(SystemExit, match="no case is called nothing"):
         bench.main(["list", "--case", "nothing"])
+
+
+def test_a_refusal_is_said(capsys):
+    bench.main(["run", "--case", "dec_d256_b32_c8192_p64_qfp8", "--backend", "mosaic"])
+    assert "mosaic refuses: not on cpu" in capsys.readouterr().out

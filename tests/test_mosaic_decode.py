@@ -61,7 +61,8 @@ def check(rng, run, format, layout, page_size, heads, q_format, option, **shape)
         del options["soft_cap"]  # a cap of 0 is none
     want, want_lse = random.expected(**options)
     assert relative_error(out, want) < 2.5e-3
-    np.testing.assert_allclose(lse, want_lse, atol=4e-3)
+    # An error of 3e-4 in a product of the matrix unit is one of the logits' magnitude here.
+    np.testing.assert_allclose(lse, want_lse, atol=1e-2)
 
 
 def interpreted(q, cache, batch, **options):
