@@ -26,7 +26,15 @@ def upstream_lse(name):
     return lse * (np.log(2) if options["lse_base"] == "2" else 1)
 
 
-def assert_matches_upstream(name, out, lse, format, lse_atol=1e-4):
+def format_name(k, k_scale):
+    """The format of a golden's cache, by the dtype of its keys and the rank of their scale."""
+    plain = {"bfloat16": "BF16", "float16": "F16"}.get(k.dtype.name)
+    return plain or f"{'INT8' if k.dtype == np.int8 else 'E4M3'}_{GRANULARITY[np.ndim(k_scale)]}"
+
+
+def assert_matches_upstream(name, out, lse, lse_atol=1e-4):
+    (_, k, *_), arguments = goldens.attention_problem(name)
+    format = getattr(pa, format_name(k, arguments.get("k_scale")))
     options, _, upstream = goldens.load(name)
     tolerance = goldens.INDEX[name]["tolerance"]
     got, want = (np.asarray(x, np.float64) * options.get("output_scale", 1) for x in (out, upstream["out"]))
@@ -60,9 +68,7 @@ def library_problem(name):
     """Arguments of pa.paged_attention for a golden."""
     (q, k, v, table, kv_lens, cu), options = goldens.attention_problem(name)
     k_scale, v_scale, q_scale = (options.pop(n, None) for n in ("k_scale", "v_scale", "q_scale"))
-    format = {"bfloat16": "BF16", "float16": "F16"}.get(k.dtype.name)
-    if format is None:
-        format = f"{'INT8' if k.dtype == np.int8 else 'E4M3'}_{GRANULARITY[np.ndim(k_scale)]}"
+    format = format_name(k, k_scale)
     q = jnp.asarray(q)
     if q.dtype == E4M3:
         q = pa.Quantized(q, jnp.asarray(q_scale), pa.E4M3_TENSOR if np.ndim(q_scale) == 0 else pa.E4M3_TOKEN_HEAD)
@@ -82,7 +88,7 @@ def library_problem(name):
 def test_attention(name, backend):
     arguments, options = library_problem(name)
     out, lse = pa.paged_attention(*arguments, **options, backend=backend)
-    assert_matches_upstream(name, out.values if isinstance(out, pa.Quantized) else out, lse, arguments[1].format)
+    assert_matches_upstream(name, out.values if isinstance(out, pa.Quantized) else out, lse)
 
 
 @pytest.mark.parametrize("name", ["rcf_triton_fp8", "rcf_triton_pth_fp8", "rcf_cuda_fp8_perhead"])
