@@ -1,4 +1,4 @@
-"""`python -m bench list | run | plot`: the benchmark of paged attention."""
+"""`python -m bench list | run | plot | tune`: the benchmark of paged attention."""
 
 import argparse
 import fnmatch
@@ -26,8 +26,11 @@ def main(argv: list[str] | None = None) -> None:
     picture = commands.add_parser("plot", help="draw a results file")
     picture.add_argument("file", type=Path)
     picture.add_argument("--out", type=Path, default=record.OUT / "bench.png")
+    search = commands.add_parser("tune", help="time the decode kernel's configurations, keep the best in its table")
+    search.add_argument("--case", default="*", help="a name or a pattern")
+    search.add_argument("--processes", type=int, default=12, help="that compile beside each other")
     args = parser.parse_args(argv)
-    {"list": show, "run": run, "plot": draw}[args.command](args)
+    {"list": show, "run": run, "plot": draw, "tune": search_configs}[args.command](args)
 
 
 def chosen(args: argparse.Namespace) -> list[Case]:
@@ -79,6 +82,13 @@ def draw(args: argparse.Namespace) -> None:
     """Picture of a results file."""
     record.plot(record.read(args.file), args.out)
     print(args.out)
+
+
+def search_configs(args: argparse.Namespace) -> None:
+    """Tune the decode kernel."""
+    from bench.tune import tune
+
+    tune(args.case, args.processes)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ class Kernel(NamedTuple):
 
 
 def measure(fn: Callable, *args, repeat: int = 11) -> Timing:
-    """The time of one call of `fn`, jitted here, after warming up; on a CPU by the host's clock."""
-    op = jax.jit(fn)
+    """The time of one call of `fn`, jitted here unless compiled already, after warming up; on a CPU by the host's
+    clock."""
+    op = fn if isinstance(fn, jax.stages.Compiled) else jax.jit(fn)
     for _ in range(3):
         jax.block_until_ready(op(*args))
     return _on_gpu(op, args, repeat) if jax.default_backend() == "gpu" else _on_cpu(op, args, repeat)

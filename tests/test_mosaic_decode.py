@@ -6,43 +6,60 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
+from cover import pairwise
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from problems import library_options, make, relative_error
+from problems import FORMATS, library_options, make, relative_error
 from test_golden import assert_matches_upstream, library_problem
 
 import pallas_attn as pa
 from pallas_attn.core.caches import abstract_cache
-from pallas_attn.ops.paged_attention import mosaic_decode
+from pallas_attn.ops.paged_attention import mosaic_config, mosaic_decode
 from pallas_attn.ops.paged_attention.problem import prepare
 
-SINKS = np.linspace(-1, 2, 32).astype(np.float32)
+SEQS = 9  # of problem(), padding included
+SINKS = np.linspace(-1, 2, 128).astype(np.float32)
 OPTIONS = {
     "plain": {},
     "window": {"window": 70},
-    "window 1": {"window": 1},
+    "window 1": {"window": np.int32(1)},
+    "no window": {"window": np.int32(0)},
+    "not causal": {"causal": False},
+    "causal per sequence": {"causal": np.arange(SEQS) % 2 == 0},
     "window not causal": {"causal": False, "window": 70},
     "soft cap": {"soft_cap": np.float32(2.0)},
     "no soft cap": {"soft_cap": np.float32(0.0)},
     "sinks": {"sinks": SINKS},
-    "all": {"window": 150, "soft_cap": np.float32(3.0), "sinks": SINKS, "scale": np.float32(0.2)},
+    "all": {"window": 90, "soft_cap": np.float32(3.0), "sinks": SINKS, "scale": np.float32(0.2)},
 }
-QUERIES = (None, "E4M3_TENSOR", "E4M3_HEAD", "E4M3_TOKEN_HEAD")
-FORMATS = ("E4M3_TENSOR", "E4M3_HEAD", "E4M3_SEQ_HEAD")
-PAGES = (16, 32, 64, 128, 256)
-HEADS = ((4, 1), (4, 4), (6, 2), (16, 2), (16, 1), (20, 2))
+QUERIES = ("bf16", "f16", "f32", "E4M3_TENSOR", "E4M3_HEAD", "E4M3_TOKEN_HEAD", "E5M2_TENSOR")
+DTYPES = {"bf16": oracle.BF16, "f16": oracle.F16, "f32": oracle.F32}
+LISTS = (
+    [f for f in FORMATS if f != "F32"],
+    ("NHD", "HND", "INTERLEAVED", "PACKED"),
+    (16, 32, 64, 128, 256),
+    (64, 128, 256),
+    ((4, 1), (4, 4), (6, 2), (16, 2), (16, 1), (20, 2), (128, 1)),
+    QUERIES,
+    list(OPTIONS),
+    (1, 2, 3, 8),
+)
+S = jax.ShapeDtypeStruct
 
 
-def cells(count):
-    """A spread of (format, layout, page size, heads, query, option): each value of each meets many of the others."""
-    lists = (FORMATS, ("NHD", "HND"), PAGES, HEADS, QUERIES, list(OPTIONS))
-    steps = (1, 1, 2, 5, 3, 4)
-    for i in range(count):
-        yield tuple(x[(i * s + i // len(x)) % len(x)] for x, s in zip(lists, steps, strict=True))
-
-
-def problem(rng, format, page_size, heads, q_format, kv_lens=(1, 64, 0, 63, 200, 65, 5), q_lens=(1, 1, 1, 1, 1, 0, 1)):
-    return make(rng, format, q_lens, kv_lens, heads=heads, dim=128, page_size=page_size, q_format=q_format)
+def abstract(format, layout, page_size, dim, heads, query, option, q_tokens):
+    """(q, cache, batch) of shapes only, and the options."""
+    batch = pa.RaggedBatch(S((SEQS, 8), jnp.int32), S((SEQS,), jnp.int32), S((SEQS + 1,), jnp.int32))
+    batch = dataclasses.replace(batch, max_q_len=q_tokens)
+    cache = abstract_cache(
+        getattr(pa, format), getattr(pa, layout), pages=64, page_size=page_size, heads=heads[1], dim=dim, seqs=SEQS
+    )
+    values = S((20, heads[0], dim), DTYPES.get(query) or FORMATS[query][0])
+    if query not in DTYPES:
+        shape = {"tensor": (), "head": (heads[0],), "token_head": (20, heads[0])}[FORMATS[query][1]]
+        values = pa.Quantized(values, S(shape, jnp.float32), getattr(pa, query))
+    return values, cache, batch, library_options(**options_for(option, heads), return_lse=True)
 
 
 def options_for(name, heads):
@@ -52,93 +69,139 @@ def options_for(name, heads):
     return options
 
 
-def check(rng, run, format, layout, page_size, heads, q_format, option, **shape):
-    random = problem(rng, format, page_size, heads, q_format, **shape)
-    q, cache, batch = random.arguments(layout, max_q_len=1)
+def possible(cell):
+    *arguments, options = abstract(*cell)
+    return mosaic_decode.supports(prepare(*arguments, **options)[0]) is None
+
+
+# Every pair of format, layout, page size, head dim, heads, query, option and tokens that the kernel takes.
+CELLS = pairwise(LISTS, possible)
+
+
+def problem(rng, format, page_size, heads, query, q_tokens=1, dim=128, kv_lens=None, q_lens=None):
+    n = q_tokens
+    kv_lens = kv_lens or (200, 64, max(n - 1, 1), 63, 0, 65, 5)
+    q_lens = q_lens or (n, 1, n, max(n - 1, 1), 1, 0, n)
+    q_format = None if query in DTYPES else query
+    return make(
+        rng, format, q_lens, kv_lens, heads=heads, dim=dim, page_size=page_size, q_format=q_format,
+        q_dtype=DTYPES.get(query, oracle.F32),
+    )  # fmt: skip
+
+
+def check(rng, run, format, layout, page_size, dim, heads, query, option, q_tokens, scheduled=False, **shape):
+    random = problem(rng, format, page_size, heads, query, q_tokens, dim, **shape)
+    q, cache, batch = random.arguments(layout, max_q_len=q_tokens)
     options = options_for(option, heads)
+    if scheduled:
+        window = options.get("window")
+        batch = batch.with_schedule(window if isinstance(window, int) else None)
     out, lse = run(q, cache, batch, out=jnp.float32, return_lse=True, **library_options(**options))
     if not options.get("soft_cap", 1):
         del options["soft_cap"]  # a cap of 0 is none
+    if not options.get("window", 1):
+        del options["window"]
     want, want_lse = random.expected(**options)
-    assert relative_error(out, want) < 2.5e-3
+    assert relative_error(out, want) < 4e-3
     # An error of 3e-4 in a product of the matrix unit is one of the logits' magnitude here.
     np.testing.assert_allclose(lse, want_lse, atol=1e-2)
 
 
 def interpreted(q, cache, batch, **options):
-    return mosaic_decode.run(*_flat(*prepare(q, cache, batch, **options)))
-
-
-def _flat(p, args):
+    p, args = prepare(q, cache, batch, **options)
     assert mosaic_decode.supports(p) is None
-    return (p, *args)
+    return mosaic_decode.run(p, *args)
 
 
-@pytest.mark.parametrize("cell", list(cells(6)), ids=lambda c: "-".join(map(str, c)))
+INTERPRETED = [
+    ("E4M3_TENSOR", "NHD", 16, 128, (8, 2), "bf16", "sinks", 1),
+    ("E5M2_TOKEN_HEAD", "HND", 128, 64, (4, 1), "E4M3_TOKEN_HEAD", "window", 1),
+    ("E4M3_SEQ_HEAD", "INTERLEAVED", 32, 128, (6, 2), "f32", "soft cap", 3),
+    ("INT8_TOKEN_HEAD", "PACKED", 64, 64, (4, 2), "f16", "plain", 1),
+    ("BF16", "NHD", 64, 64, (16, 1), "bf16", "all", 4),
+]
+
+
+@pytest.mark.parametrize("cell", INTERPRETED, ids=lambda c: "-".join(map(str, c)))
 def test_interpreted(cell, rng, monkeypatch):
     monkeypatch.setattr(mosaic_decode, "INTERPRET", plgpu.InterpretGPUParams())
     monkeypatch.setattr(mosaic_decode, "SMS", 2)
-    check(rng, interpreted, *cell, kv_lens=(1, 64, 0, 130), q_lens=(1, 1, 1, 1))
+    n = cell[-1]
+    check(rng, interpreted, *cell, scheduled=True, kv_lens=(n, 64, 0, 130), q_lens=(n, 1, n, 1))
 
 
-S = jax.ShapeDtypeStruct
-
-
-def lower(layout, page_size, group, q, format=pa.E4M3_TENSOR, **options):
+def lower(*cell, config=None):
     """Lower for a GPU that is not there: layouts, transforms and shared memory are checked."""
-    cache = abstract_cache(format, layout, pages=64, page_size=page_size, heads=2, dim=128, seqs=4)
-    batch = pa.RaggedBatch(S((4, 8), jnp.int32), S((4,), jnp.int32), S((5,), jnp.int32), max_q_len=1)
-    values = S((4, 2 * group, 128), jnp.float8_e4m3fn if q == "fp8" else q)
-    query = pa.Quantized(values, S((), jnp.float32), pa.E4M3_STATIC) if q == "fp8" else values
-    step = jax.jit(lambda *args: pa.paged_attention(*args, backend="mosaic", **options))
-    return step.trace(query, cache, batch).lower(lowering_platforms=("cuda",))
+    q, cache, batch, options = abstract(*cell)
+
+    def step(q, cache, batch):
+        if config is None:
+            return pa.paged_attention(q, cache, batch, backend="mosaic", **options)
+        p, args = prepare(q, cache, batch, **options)
+        return mosaic_decode.run(p, *args, config=config)
+
+    return jax.jit(step).trace(q, cache, batch).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize(("layout", "page_size"), list(itertools.product((pa.NHD, pa.HND), PAGES)), ids=str)
-def test_lowers_for_every_page(layout, page_size):
-    text = lower(layout, page_size, 4, jnp.bfloat16).as_text()
-    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 2  # the kernel and the combine
+LOWERED = [
+    ("E4M3_TENSOR", "HND", 64, 128, (32, 8), "bf16", "plain", 1),
+    ("E4M3_HEAD", "NHD", 16, 128, (32, 8), "E4M3_TENSOR", "all", 2),
+    ("INT8_TOKEN_HEAD", "NHD", 32, 128, (16, 1), "bf16", "sinks", 1),
+    ("E5M2_TENSOR", "PACKED", 256, 256, (8, 2), "f16", "soft cap", 8),
+    ("BF16", "INTERLEAVED", 128, 64, (6, 2), "f32", "causal per sequence", 3),
+    ("E4M3_TENSOR", "HND", 64, 128, (128, 1), "bf16", "window", 1),
+]
 
 
-@pytest.mark.parametrize("q", ["fp8", jnp.float16, jnp.float32], ids=str)
-@pytest.mark.parametrize("group", [1, 8, 16])
-def test_lowers_for_every_query(q, group):
-    lower(pa.HND, 64, group, q, return_lse=True)
+@pytest.mark.parametrize("cell", LOWERED, ids=lambda c: "-".join(map(str, c)))
+def test_lowers(cell):
+    assert lower(*cell).count("stablehlo.custom_call @mosaic_gpu_v2") == 2  # the kernel and the combine
 
 
-def test_lowers_with_every_option():
-    lower(
-        pa.HND, 64, 4, jnp.bfloat16, mask=pa.Mask(window=9), soft_cap=5.0, sinks=jnp.zeros(8), out=(pa.E4M3_STATIC, 0.5)
-    )
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS, ids=lambda c: "-".join(map(str, c)))
+def test_every_cell_lowers(cell):
+    lower(*cell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["E4M3_TENSOR", "INT8_TOKEN_HEAD", "BF16"])
+def test_every_config_lowers(format):
+    cell = (format, "NHD", 64, 128, (32, 8), "bf16", "plain", 1)
+    *arguments, options = abstract(*cell)
+    configs = set(mosaic_config.candidates(prepare(*arguments, **options)[0]))
+    assert len(configs) > 4
+    for config in configs:
+        lower(*cell, config=config)
+
+
+def test_at_most_300_cells_hold_every_pair():
+    assert len(CELLS) <= 300
+    for i, j in itertools.combinations(range(len(LISTS)), 2):
+        met = {(cell[i], cell[j]) for cell in CELLS}
+        # Only a window that is not causal and more than one token never meet.
+        assert len(met) >= len(LISTS[i]) * len(LISTS[j]) - 3, (i, j)
 
 
 REFUSED = {
-    "prefill": ({"max_q_len": None}, "max_q_len == 1"),
-    "bf16 cache": ({"format": pa.BF16}, "no BF16 cache"),
-    "e5m2 cache": ({"format": pa.E5M2_TENSOR}, "no E5M2_TENSOR cache"),
-    "token-head": ({"format": pa.E4M3_TOKEN_HEAD}, "no E4M3_TOKEN_HEAD cache"),
-    "packed": ({"layout": pa.PACKED}, "no PACKED layout"),
-    "dim": ({"dim": 64}, "no head dim 64"),
+    "prefill": ({"max_q_len": None}, "max_q_len <= 8"),
+    "nine tokens": ({"max_q_len": 9}, "max_q_len <= 8"),
+    "f32 cache": ({"format": pa.F32}, "no F32 cache"),
+    "shuffle": ({"layout": pa.SHUFFLE}, "no SHUFFLE layout"),
+    "dim": ({"dim": 80}, "no head dim 80"),
     "page": ({"page_size": 8}, "no page size 8"),
-    "group": ({"group": 17}, "no 17 query heads per kv head"),
+    "group": ({"group": 37}, "no 37 query heads per kv head"),
     "ALiBi": ({"bias": pa.Bias(alibi_slopes=S((8,), jnp.float32))}, "no ALiBi"),
+    "window": ({"max_q_len": 2, "mask": pa.Mask(causal=False, window=9)}, "no non-causal window for 2 query tokens"),
 }
 
 
 @pytest.mark.parametrize(("change", "reason"), list(REFUSED.values()), ids=list(REFUSED))
 def test_refuses(change, reason):
-    new = {
-        "max_q_len": 1,
-        "format": pa.E4M3_TENSOR,
-        "layout": pa.NHD,
-        "page_size": 64,
-        "dim": 128,
-        "group": 4,
-        **change,
-    }
-    max_q_len, format, layout, page_size, dim, group = (
-        new.pop(n) for n in ("max_q_len", "format", "layout", "page_size", "dim", "group")
-    )
+    new = {"max_q_len": 1, "format": pa.E4M3_TENSOR, "layout": pa.NHD, "page_size": 64, "dim": 128, "group": 4}
+    new |= change
+    names = ("max_q_len", "format", "layout", "page_size", "dim", "group")
+    max_q_len, format, layout, page_size, dim, group = (new.pop(n) for n in names)
     cache = abstract_cache(format, layout, page_size=page_size, dim=dim)
     batch = pa.RaggedBatch(S((4, 8), jnp.int32), S((4,), jnp.int32), S((5,), jnp.int32), max_q_len=max_q_len)
     q = S((4, 2 * group, dim), jnp.bfloat16)
@@ -149,14 +212,30 @@ def test_refuses(change, reason):
         )
 
 
+@pytest.mark.parametrize("window", [None, 70])
+def test_schedule_counts_tiles(window):
+    """Of a padded batch; with and without a window, static or traced."""
+    starts = np.array([0, 1, 3, 3, 4, 0], np.int32)
+    lens = np.array([200, 65, 64, 0, 10**6], np.int32)
+    batch = pa.RaggedBatch(jnp.zeros((5, 4), jnp.int32), jnp.asarray(lens), jnp.asarray(starts), jnp.int32(4))
+    before = np.asarray(jax.jit(lambda b: b.with_schedule(window).schedule.before)(batch))
+    first = [0, 0, 0, 0, 0] if window is None else [(200 - 70) // 64, 0, 0, 0, 0]
+    tiles = [4 - first[0], 2, 0, 0, 0]  # the third has no query, the last is padding
+    assert before.shape == (128,)
+    np.testing.assert_array_equal(before[:6], np.cumsum([0, *tiles]))
+    assert np.all(before[6:] == np.iinfo(np.int32).max)
+    if window is not None:
+        np.testing.assert_array_equal(np.asarray(batch.tiles_before(jnp.int32(window))), before)
+
+
 def on_gpu(q, cache, batch, **options):
     return jax.jit(lambda *args: pa.paged_attention(*args, backend="mosaic", **options))(q, cache, batch)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cell", list(cells(120)), ids=lambda c: "-".join(map(str, c)))
+@pytest.mark.parametrize("cell", CELLS, ids=lambda c: "-".join(map(str, c)))
 def test_on_gpu(cell, rng):
-    check(rng, on_gpu, *cell)
+    check(rng, on_gpu, *cell, scheduled=cell[1] == "NHD")
 
 
 @pytest.mark.gpu
@@ -167,14 +246,14 @@ def test_ragged_batches_on_gpu(rng):
             lens = tuple(int(x) for x in rng.integers(0, longest, seqs))
             live = tuple(int(x) for x in rng.integers(0, 2, seqs))
             shape = {"kv_lens": lens, "q_lens": live}
-            check(rng, on_gpu, "E4M3_HEAD", "HND", 64, (8, 2), None, "plain", **shape)
+            check(rng, on_gpu, "E4M3_HEAD", "HND", 64, 128, (8, 2), "f32", "plain", 1, **shape)
 
 
 @pytest.mark.gpu
-def test_same_input_same_bits(rng):
-    args = problem(rng, "E4M3_TENSOR", 64, (32, 8), None, kv_lens=(5000, 77, 1200), q_lens=(1, 1, 1)).arguments(
-        "HND", max_q_len=1
-    )
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_same_input_same_bits(layout, rng):
+    random = problem(rng, "E4M3_TENSOR", 64, (32, 8), "bf16", kv_lens=(5000, 77, 1200), q_lens=(1, 1, 1))
+    args = random.arguments(layout, max_q_len=1)
     step = jax.jit(lambda *args: pa.paged_attention(*args, backend="mosaic", return_lse=True))
     first = [np.asarray(x) for x in step(*args)]
     for _ in range(100):
@@ -192,8 +271,14 @@ def test_goldens_on_gpu(name):
 
 
 @pytest.mark.gpu
-def test_fp8_output_on_gpu(rng):
+@pytest.mark.parametrize("format", ["E4M3_STATIC", "E4M3_TENSOR", "E5M2_STATIC"])
+def test_fp8_output_on_gpu(format, rng):
     random = problem(rng, "E4M3_TENSOR", 64, (8, 2), "E4M3_TENSOR")
-    out = on_gpu(*random.arguments("NHD", max_q_len=1), out=(pa.E4M3_STATIC, jnp.float32(0.01)))
-    assert out.format == pa.E4M3_STATIC
-    assert relative_error(pa.dequantize(out), random.expected()[0]) < 0.04
+    args = random.arguments("NHD", max_q_len=1)
+    scale = jnp.float32(0.3 / getattr(pa, format).qmax)
+    out = on_gpu(*args, out=(getattr(pa, format), scale))
+    # The same float32 result, rounded by the library's own quantiser: the same codes.
+    want = pa.quantize(on_gpu(*args, out=jnp.float32), getattr(pa, format), scale)
+    assert np.abs(np.asarray(want.values, np.float32)).max() == getattr(pa, format).qmax  # some saturate
+    same = np.asarray(out.values).view(np.uint8) == np.asarray(want.values).view(np.uint8)
+    assert np.mean(same) > (0.999 if format == "E4M3_TENSOR" else 0.9999)  # XLA's division on a GPU is approximate

@@ -12,9 +12,26 @@ from pallas_attn.core.errors import is_concrete, require
 from pallas_attn.core.leaf import Leaf
 
 
+TILE = 64  # tokens of one unit of work of a schedule
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("before",), meta_fields=("window",))
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How much there is to read of each sequence: what kernels divide between the cores of a GPU.
+
+    before: int32 [B + 1, rounded up to 128], the tiles of TILE tokens of all sequences before each one, then the total;
+      the rest is the largest int32.
+    window: the static sliding window that it counts for, None for whole contexts.
+    """
+
+    before: Leaf
+    window: int | None = None
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("page_table", "kv_lens", "cu_q_lens", "num_seqs"),
+    data_fields=("page_table", "kv_lens", "cu_q_lens", "num_seqs", "schedule"),
     meta_fields=("max_q_len",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +44,7 @@ class RaggedBatch:
     num_seqs: int32 [], the first so many sequences are real (default B); the rest, and the tokens past
       cu_q_lens[num_seqs], are padding: they cost little, write nothing and come out as zeros.
     max_q_len: static bound on the query tokens of a sequence if known; 1 tells a jitted decode that it is one.
+    schedule: see `with_schedule`.
     """
 
     page_table: Leaf
@@ -34,6 +52,7 @@ class RaggedBatch:
     cu_q_lens: Leaf
     num_seqs: Leaf = None
     max_q_len: int | None = None
+    schedule: Schedule | None = None
 
     @classmethod
     def from_csr(
@@ -67,6 +86,32 @@ class RaggedBatch:
         if cu_q_lens is None:
             cu_q_lens, max_q_len = jnp.arange(pages.shape[0] + 1, dtype=jnp.int32), 1
         return cls(table, kv_lens, jnp.asarray(cu_q_lens, jnp.int32), num_seqs, max_q_len)
+
+    def with_schedule(self, window: int | None = None) -> "RaggedBatch":
+        """The batch with its schedule, computed on the device: once per step, before the loop over layers.
+
+        Kernels that need one compute it themselves where it is missing, or made for another window: a few small
+        launches in every layer.
+
+        Args:
+          window: the static sliding window of the layers it is for; None for those that see whole contexts.
+        """
+        require(window is None or isinstance(window, int), "window", window, "it is a static int or None")
+        return dataclasses.replace(self, schedule=Schedule(self.tiles_before(window), window))
+
+    def tiles_before(self, window=None) -> Int[Array, "P"]:
+        """`Schedule.before`. A window, static or traced, spares the tiles that no query of the step sees."""
+        # Lengths past the page table mean nothing, and kernels take no page of more than 256 tokens.
+        kv_lens = jnp.clip(self.kv_lens.astype(jnp.int32), 0, self.page_table.shape[1] * 256)
+        q_lens = (self.cu_q_lens[1:] - self.cu_q_lens[:-1]).astype(jnp.int32)
+        real = (jnp.arange(kv_lens.shape[0]) < self.live) & (q_lens > 0)
+        first = 0
+        if window is not None:
+            first = jnp.where(jnp.asarray(window) > 0, jnp.maximum(kv_lens - q_lens - window + 1, 0), 0) // TILE
+        tiles = jnp.where(real, jnp.maximum(-(-kv_lens // TILE) - first, 0), 0)
+        before = jnp.cumsum(tiles).astype(jnp.int32)
+        spare = -(kv_lens.shape[0] + 1) % 128
+        return jnp.pad(jnp.pad(before, (1, 0)), (0, spare), constant_values=np.iinfo(np.int32).max)
 
     @property
     def live(self) -> Array:

@@ -1,19 +1,19 @@
-"""Paged decode on Hopper: one query token per sequence against FP8 pages, at the speed of the memory.
+"""Paged decode on Hopper: up to 8 query tokens per sequence against pages of any format, at the speed of the memory.
 
 Work is a flat list of tiles of 64 tokens, cut evenly between W workers per kv head whatever the lengths. A worker is a
-CTA of one warpgroup (four fit on an SM) with a ring of two tiles that TMA fills. Per tile, with the roles swapped so
+CTA of one warpgroup (several fit on an SM) with a ring of tiles that TMA fills. Per tile, with the roles swapped so
 that tokens are the long side of the matrix unit:
 
-    S^T = K Q^T                 FP8 x FP8; a bf16 query is the sum of two FP8 terms, stacked and added afterwards
+    S^T = K Q^T                 FP8 x FP8; a wider query is the sum of two FP8 terms, stacked and added afterwards
     P^T = exp2(S^T - max)       float32, then f16
-    O^T = O^T alpha + V^T P^T   V is widened to f16, which holds every FP8 value exactly
+    O^T = O^T alpha + V^T P^T   V is widened to f16, which holds every FP8 and INT8 value exactly
 
-Each (worker, sequence) pair leaves a partial result; `combine` merges them in a fixed order, so the result is
-deterministic.
+INT8 keys are widened as well; bf16 and f16 caches go to the matrix unit as they are. Scales per token enter the logits
+(keys) and, as their logarithm, the exponent (values). Each (worker, sequence) pair leaves a partial result, which
+`mosaic_merge` adds up in a fixed order: two launches, and the same bits every time.
 """
 
-import functools
-import math
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -21,330 +21,588 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array
 
-from pallas_attn.core.formats import E4M3
+from pallas_attn.core.batch import TILE, RaggedBatch
+from pallas_attn.core.formats import INT8
 from pallas_attn.core.quantized import Quantized
+from pallas_attn.ops.paged_attention import mosaic_merge
+from pallas_attn.ops.paged_attention.mosaic_config import FP8, Config, Form, choose, form_of, rings
 from pallas_attn.ops.paged_attention.problem import Args, Problem
-from pallas_attn.ops.paged_attention.stored import finish
+from pallas_attn.runtime.mosaic import (
+    ACC, LOG2E, OVER_COLUMNS, OVER_ROWS, SMS, Layout, row_layout, swizzled, token_layout,
+)  # fmt: skip
 
-TILE = 64
-STAGES = 2
-SMS = 132
-MERGED = 8  # partial results that the combine loads at once
-BAND = 64  # head dims of one CTA of the combine
-# The one query of a sequence is its last token: there is nothing after it for a causal mask to hide.
 CAN = {"non-causal", "per-sequence causal", "window", "soft cap", "sinks", "FP8 output", "LSE"}
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernels on a CPU
-LOG2E = math.log2(math.e)
 FAR = -1e30  # stands for -inf in the running maximum: -inf less -inf is NaN
-Layout = plgpu.Layout
-ACC = plgpu.ACC  # type: ignore[attr-defined]  # public in fact, not in the type stubs
+MOST_SEQS = 8192
+CHUNK = 1024  # sequences that the search for a worker's first one looks at at once
 
 
 def supports(p: Problem) -> str | None:
     """None, or what of the problem this kernel cannot do."""
+    tokens, size = p.max_q_len or 9, p.kv_format.dtype.itemsize
+    windowed = {"window", "non-causal"} <= set(p.options) or {"window", "per-sequence causal"} <= set(p.options)
+    part = max((d for d in range(1, min(p.group, 4096 // p.head_dim, 32) + 1) if p.group % d == 0), default=1)
+    narrow = p.head_dim * min(p.q_format.dtype.itemsize, p.out_dtype.itemsize) * part % 128
     refusals = {
-        "it needs batch.max_q_len == 1": p.max_q_len != 1,
+        "it needs batch.max_q_len <= 8": tokens > 8,
         f"no {', '.join(sorted(set(p.options) - CAN))}": bool(set(p.options) - CAN),
-        f"no {p.kv_format} cache": p.kv_format.dtype != E4M3 or p.kv_format.granularity == "token_head",
-        f"no {p.layout} layout": p.layout.name not in ("NHD", "HND"),
+        f"no non-causal window for {tokens} query tokens": windowed and tokens > 1,
+        f"no {p.kv_format} cache": p.kv_format.dtype not in (*FP8, INT8, jnp.bfloat16, jnp.float16),
+        f"no {p.layout} layout": p.layout.blocked,
         f"no page size {p.page_size}": p.page_size not in (16, 32, 64, 128, 256),
-        f"no head dim {p.head_dim}, {p.v_head_dim}": p.head_dim != 128 or p.v_head_dim != 128,
-        f"no {p.group} query heads per kv head": p.group > 16,
-        f"no {p.q_format} query": p.q_format.quantized and p.q_format.dtype != E4M3,
+        f"no head dim {p.head_dim}, {p.v_head_dim}": p.head_dim not in (64, 128, 256) or p.v_head_dim != p.head_dim,
+        f"no {p.group} query heads per kv head": p.group > 16 and part < 16,
+        f"no {p.q_format} query": p.q_format.quantized and p.q_format.dtype not in FP8,
+        f"no FP8 rows of {p.head_dim} for an odd group of {p.group} and {tokens} query tokens": tokens > 1
+        and bool(narrow),
+        f"no {p.head_dim} head dims of {size} bytes": p.head_dim * size > 512,
+        f"no more than {MOST_SEQS} sequences": p.seqs > MOST_SEQS,
         "an empty call": not p.tokens or not p.seqs,
     }
     return next((reason for reason, refused in refusals.items() if refused), None)
 
 
-class Schedule(NamedTuple):
-    """Which tiles each worker takes. Tile t of sequence b is number before[b] + t - first[b] of the flat list."""
-
-    work: Array  # int32 [4, W]: first and end tile in the flat list, first sequence, sequences touched
-    before: Array  # int32 [B + 1]: tiles of the sequences before
-    first: Array  # int32 [B]: first tile of each sequence that anyone sees
-    span: Array  # int32 [2, B]: first of each sequence's partial results, and how many
-
-
-def schedule(p: Problem, kv_len: Array, first_token: Array, workers: int) -> Schedule:
-    """Cut all tiles evenly between `workers`."""
-    first = first_token // TILE
-    count = jnp.maximum(-(-kv_len // TILE) - first, 0)
-    before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count).astype(jnp.int32)])
-    each = jnp.maximum(-(-before[-1] // workers), 1)
-    start = jnp.minimum(jnp.arange(workers, dtype=jnp.int32) * each, before[-1])
-    end = jnp.minimum(start + each, before[-1])
-    rank = lambda x: (jnp.searchsorted(before, x, side="right", method="compare_all") - 1).astype(jnp.int32)  # noqa: E731
-    seq, last = rank(start), rank(end - 1)
-    touched = jnp.where(end > start, last - seq + 1, 0)
-    # Worker w leaves its part of sequence b as partial w + b. Both rise along the list, so no two share a place.
-    low = before[:-1] // each
-    parts = jnp.where(count > 0, (before[1:] - 1) // each - low + 1, 0)
-    span = jnp.stack([low + jnp.arange(p.seqs, dtype=jnp.int32), parts])
-    return Schedule(jnp.stack([start, end, seq, touched]), before, first, span)
-
-
-def split_query(p: Problem, q: Array | Quantized, rows: int) -> tuple[Array, Array]:
-    """The query [B, H, D] as FP8 terms that add up [B, K, terms * rows, D], and each row's factor [B, K, rows]."""
-    shape = (q.shape[0], p.kv_heads, p.group, p.head_dim)
-    pad = ((0, 0), (0, 0), (0, rows - p.group), (0, 0))
-    if isinstance(q, Quantized):
-        scale = jnp.broadcast_to(q.scale, q.shape[:2]).reshape(shape[:3])
-        return jnp.pad(q.values.reshape(shape), pad), jnp.pad(scale, pad[:3])
-    x = jnp.pad(q.astype(jnp.float32).reshape(shape), pad)
-    top = jnp.max(jnp.abs(x), axis=-1)
-    scale = jnp.where(top > 0, top, 1.0) / 240.0
-    x = x / scale[..., None]
-    # The barrier keeps XLA from folding the conversion there and back into nothing.
-    high = lax.optimization_barrier(x.astype(E4M3))
-    low = (x - high.astype(jnp.float32)).astype(E4M3)
-    return jnp.concatenate([high, low], axis=2), scale
-
-
-def run(p: Problem, *arrays):
+def run(p: Problem, *arrays, config: Config | None = None):
     """(out [T, H, DV], lse [T, H] if asked)."""
     args = Args(*arrays)
-    start, length = args.batch.bounds(p.tokens)
-    kv_len = jnp.where(length > 0, jnp.clip(args.batch.kv_lens, 0, p.pages_per_seq * p.page_size), 0).astype(jnp.int32)
-    window = args.mask.window
-    low = (
-        jnp.zeros_like(kv_len)
-        if window is None
-        else jnp.where(jnp.asarray(window) > 0, jnp.maximum(kv_len - window, 0), 0)
-    )
-    q = jax.tree.map(lambda x: x[jnp.clip(start, 0, p.tokens - 1)] if x.ndim == 3 else x, args.q)
-    if isinstance(q, Quantized) and q.format.granularity == "token_head":
-        q = Quantized(q.values, args.q.scale[jnp.clip(start, 0, p.tokens - 1)], q.format)  # type: ignore[union-attr]
-    rows = 8 if p.group <= 8 else 16
-    terms, factor = split_query(p, q, rows)
-    k_scale, v_scale = args.cache.scales  # type: ignore[misc]
-    factor = factor * args.scale * _per_head(k_scale, p)[..., None]
-    workers = max(SMS * (4 if rows == 8 else 3) // p.kv_heads, 1)
-    plan = schedule(p, kv_len, low, workers)
-    cap = None if args.soft_cap is None else _cap(args.soft_cap)
-    partial = partials(p, terms, factor, args.cache.buffers, args.batch.page_table, kv_len, low, plan, cap)
-    sinks = jnp.full(p.q_heads, -jnp.inf) if args.sinks is None else args.sinks.astype(jnp.float32)
-    out, lse = combine(p, partial, plan.span, sinks)
-    out = (out.reshape(p.seqs, p.kv_heads, p.group, -1) * _per_head(v_scale, p)[..., None, None]).reshape(out.shape)
-    seq, _, live = args.batch.tokens(p.tokens)
-    out = finish(jnp.where(live[:, None, None], out[seq], 0.0), p.out_dtype, p.out_format, args.out_scale)
-    return (out, jnp.where(live[:, None], lse[seq], -jnp.inf)) if p.return_lse else (out,)
+    config = config or choose(p)
+    form = form_of(p, config)
+    workers = max(SMS * config.ctas // form.columns, 1)
+    inputs = _inputs(p, args, form, config)
+    partial, stats = partials(p, form, config, workers, inputs)
+    sinks, v_scale = args.sinks, _stored_scale(p, args, 1)
+    return mosaic_merge.merge(p, form, workers, inputs, partial, stats, sinks, v_scale, args.out_scale, INTERPRET)
 
 
-def _cap(cap: Array) -> Array:
-    """(cap, 1), or (1, 0) for a cap that is not positive, which is none."""
-    on = cap > 0
-    return jnp.stack([jnp.where(on, cap, 1.0), on.astype(jnp.float32)])
+class Inputs(NamedTuple):
+    """What the kernel reads from global memory; what is absent is one number."""
+
+    q: Any  # [T, V, part, D]
+    buffers: tuple  # the cache's, heads and dims of a token that lie together merged
+    page_table: Any
+    kv_lens: Any
+    cu_q_lens: Any
+    live: Any  # [1]
+    before: Any  # Schedule.before
+    scale: Any  # [1]
+    q_scale: Any  # [1], or [T, V, part]
+    k_scale: Any  # as the cache has it, at least [1]
+    v_scale: Any  # the same where it is one per token, else absent
+    cap: Any  # [1]
+    window: Any  # [1]
+    causal: Any  # [B] or absent
 
 
-def _per_head(scale: Array, p: Problem) -> Array:
-    """A scale per tensor, head or (sequence, head) as [B, K]."""
-    return jnp.broadcast_to(scale, (p.seqs, p.kv_heads))
-
-
-def combine(p: Problem, partial: Array, span: Array, sinks: Array) -> tuple[Array, Array]:
-    """Merge each sequence's partials, in order: (out [B, H, D] without the value scale, lse [B, H]), both float32."""
-    rows = partial.shape[-1]
-    pad = ((0, 0), (0, rows - p.group))
-    sink = jnp.pad((sinks * LOG2E).reshape(p.kv_heads, p.group), pad, constant_values=-jnp.inf)
-    start = jnp.stack([jnp.maximum(sink, FAR), jnp.where(sink > FAR, 1.0, 0.0)], axis=1)
-    shape = jax.ShapeDtypeStruct((p.seqs, p.kv_heads, p.head_dim, rows), jnp.float32)
-    sums = jax.ShapeDtypeStruct((p.seqs, p.kv_heads, 2, rows), jnp.float32)
-    kernel = plgpu.kernel(
-        _merge, out_type=(shape, sums),
-        grid=(p.seqs, p.kv_heads, p.head_dim // BAND), grid_names=("seq", "head", "band"),
-        scratch_types=[plgpu.SMEM((BAND, rows), jnp.float32), plgpu.SMEM((2, rows), jnp.float32)],
-        compiler_params=plgpu.CompilerParams(approx_math=True), interpret=INTERPRET,
+def _inputs(p: Problem, args: Args, form: Form, config: Config) -> Inputs:
+    batch, window = args.batch, args.mask.window
+    nothing = jnp.zeros(1)
+    per_token = p.kv_format.granularity == "token_head"
+    i32 = lambda x: jnp.asarray(x, jnp.int32)  # noqa: E731
+    one = lambda x: jnp.reshape(x, (1,))  # noqa: E731
+    q, q_scale, shape = args.q, nothing, (p.tokens, p.kv_heads * form.parts, form.part)
+    if isinstance(q, Quantized):
+        q_scale = one(q.scale) if q.scale.ndim == 0 else jnp.broadcast_to(q.scale, (p.tokens, p.q_heads)).reshape(shape)
+        q = q.values
+    causal = args.mask.causal
+    return Inputs(
+        q.reshape(*shape, p.head_dim), _flat(p, args.cache.buffers, config), i32(batch.page_table), i32(batch.kv_lens),
+        i32(batch.cu_q_lens), one(i32(p.seqs if batch.num_seqs is None else batch.num_seqs)),
+        _before(batch, window), one(args.scale), q_scale, _stored_scale(p, args, 0),
+        _stored_scale(p, args, 1) if per_token else nothing,
+        nothing if args.soft_cap is None else one(args.soft_cap), one(i32(0 if window is None else window)),
+        nothing if isinstance(causal, bool) or p.max_q_len == 1 else i32(causal),
     )  # fmt: skip
-    out, sums = kernel(partial, span, start)
-    top, mass = sums[:, :, 0, : p.group], sums[:, :, 1, : p.group]
-    lse = jnp.where(mass > 0, (top + jnp.log2(jnp.where(mass > 0, mass, 1.0))) / LOG2E, -jnp.inf)
-    return jnp.swapaxes(out[..., : p.group], 2, 3).reshape(p.seqs, p.q_heads, -1), lse.reshape(p.seqs, p.q_heads)
 
 
-def _merge(partial, span, start, out, sums, o_tile, s_tile) -> None:
-    """One band of head dims of one (sequence, head): MERGED partials at a time, so that their loads overlap."""
-    seq, head, band = (lax.axis_index(name) for name in ("seq", "head", "band"))
-    rows, depth = out.shape[-1], out.shape[-2]
-    over_rows = Layout.WGMMA.reduce(0)
-    spread = lambda x: lax.broadcast_in_dim(x, (BAND, rows), [1])  # noqa: E731
-    low, count = span[0, seq], span[1, seq]
-
-    def load(slot, row):
-        return plgpu.load(partial.at[slot, head, row], layout=over_rows, optimized=False)
-
-    def step(i, state):
-        acc, top, total = state
-        slots = [low + jnp.minimum(i * MERGED + j, count - 1) for j in range(MERGED)]
-        unreal = [jnp.where(i * MERGED + j < count, 0.0, FAR) for j in range(MERGED)]
-        band_rows = pl.ds(band * BAND, BAND)
-        values = [plgpu.load(partial.at[s, head, band_rows], layout=Layout.WGMMA, optimized=False) for s in slots]
-        tops = [load(s, depth) + far for s, far in zip(slots, unreal, strict=True)]
-        totals = [load(s, depth + 1) for s in slots]
-        new = functools.reduce(jnp.maximum, tops, top)
-        keep = jnp.exp2(top - new)
-        acc, total = acc * spread(keep), total * keep
-        for value, t, n in zip(values, tops, totals, strict=True):
-            weight = jnp.exp2(t - new)
-            acc, total = acc + value * spread(weight), total + n * weight
-        return acc, new, total
-
-    state = (
-        plgpu.layout_cast(jnp.zeros((BAND, rows), jnp.float32), Layout.WGMMA),
-        plgpu.load(start.at[head, 0], layout=over_rows, optimized=False),
-        plgpu.load(start.at[head, 1], layout=over_rows, optimized=False),
-    )
-    acc, top, total = lax.fori_loop(0, lax.div(count + (MERGED - 1), jnp.int32(MERGED)), step, state)
-    o_tile[...] = acc / spread(jnp.where(total > 0, total, 1.0))
-    s_tile[0], s_tile[1] = top, total
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(o_tile, out.at[seq, head, pl.ds(band * BAND, BAND)])
-    pl.when(band == 0)(lambda: plgpu.copy_smem_to_gmem(s_tile, sums.at[seq, head]))
-    plgpu.wait_smem_to_gmem(0)
+def _before(batch: RaggedBatch, window) -> jax.Array:
+    """The schedule's tiles; computed here, in every layer, where the batch has none for this window."""
+    plan = batch.schedule
+    fits = plan is not None and (window is None or isinstance(window, int)) and plan.window == window
+    return plan.before if fits else batch.tiles_before(window)  # type: ignore[union-attr]
 
 
-def swizzled(dtype, columns: int) -> tuple:
-    """Transforms of a tile of rows for TMA and the matrix unit."""
-    width = min(128, columns * jnp.dtype(dtype).itemsize)
-    columns = width // jnp.dtype(dtype).itemsize
-    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(width)  # type: ignore[abstract]
+def _stored_scale(p: Problem, args: Args, side: int) -> jax.Array:
+    """The scale of keys or values as the cache has it, at least [1]."""
+    if args.cache.scales is None:
+        return jnp.ones(1)
+    return jnp.atleast_1d(args.cache.scales[side])
 
 
-def partials(p: Problem, terms, factor, buffers, page_table, kv_len, low, plan: Schedule, cap) -> Array:
-    """The kernel: [W + B, K, D + 2, rows] float32, each partial's weighted values, running maximum (base 2) and sum."""
-    depth, rows, workers = p.head_dim, factor.shape[-1], plan.work.shape[1]
-    copies = max(TILE // p.page_size, 1)
-    scratch = [
-        plgpu.SMEM(terms.shape[2:], E4M3, transforms=swizzled(E4M3, depth)),
-        plgpu.SMEM((STAGES, TILE, depth), E4M3, transforms=swizzled(E4M3, depth)),
-        plgpu.SMEM((STAGES, TILE, depth), E4M3, transforms=swizzled(E4M3, depth)),
-        # The wide values and the result are never alive together: four CTAs fit on an SM only if they share.
-        plgpu.RefUnion(
-            plgpu.SMEM((TILE, depth), jnp.float16, transforms=swizzled(jnp.float16, depth)),
-            plgpu.SMEM((depth + 2, rows), jnp.float32),
-        ),
-        plgpu.SMEM((rows, TILE), jnp.float16, transforms=swizzled(jnp.float16, TILE)),
-        plgpu.Barrier(),
-        plgpu.Barrier(num_arrivals=2 * copies, num_barriers=STAGES),
+def _flat(p: Problem, buffers: tuple, config: Config) -> tuple:
+    """Token-major buffers as [N, S, K * D] (or [N, S, K * 2 * D]), so that neighbouring heads are one row."""
+    if p.layout.head_major:
+        return tuple(buffers)
+    return tuple(x.reshape(p.pages, p.page_size, -1) for x in buffers)
+
+
+def scale_at(ref, rank: int, b, head):
+    """The scale of a (sequence, kv head) from one per tensor, head or (sequence, head)."""
+    return ref[0] if rank == 0 else ref[head] if rank == 1 else ref[b, head]
+
+
+SCALE_RANK = {"tensor": 0, "head": 1, "seq_head": 2}
+
+
+def find(before, first, last):
+    """The sequences that tiles `first` and `last` of the flat list belong to, by one vote of all threads."""
+    votes = jnp.int32(0)
+    for at in range(0, before.shape[0], CHUNK):
+        size = min(CHUNK, before.shape[0] - at)
+        starts = plgpu.load(before.at[pl.ds(at, size)], layout=Layout.WG_STRIDED((size,), vec_size=1), optimized=False)
+        votes += jnp.sum((starts <= first).astype(jnp.int32) + (starts <= last).astype(jnp.int32) * 2**16)
+    return (votes & (2**16 - 1)) - 1, lax.shift_right_logical(votes, jnp.int32(16)) - 1
+
+
+def share(before, seqs: int, workers: int):
+    """(tiles in all, tiles of each worker)."""
+    total = before[seqs]
+    return total, jnp.maximum(lax.div(total + (workers - 1), jnp.int32(workers)), 1)
+
+
+class Sequence(NamedTuple):
+    """One sequence of the step, every number kept inside the step and the page table."""
+
+    kv_len: Any
+    start: Any  # first query token
+    q_len: Any
+
+    @classmethod
+    def read(cls, p: Problem, x: Inputs, b) -> "Sequence":
+        """Sequence b; padding has no query tokens."""
+        start = jnp.clip(x.cu_q_lens[b], 0, p.tokens)
+        end = jnp.clip(x.cu_q_lens[b + 1], 0, p.tokens)
+        q_len = jnp.where(b < x.live[0], jnp.clip(end - start, 0, p.max_q_len or 1), 0)
+        return cls(jnp.clip(x.kv_lens[b], 0, p.pages_per_seq * p.page_size), start, q_len)
+
+
+def partials(p: Problem, form: Form, config: Config, workers: int, x: Inputs) -> tuple[jax.Array, jax.Array]:
+    """The kernel: [W + B, columns, rows, D] weighted values and [.., 2, rows] running maxima (base 2) and sums."""
+    depth, heads, rows, stages = p.head_dim, config.heads, form.rows, config.stages
+    widths = rings(p, config)
+    stored, narrow = p.kv_format.dtype, p.kv_format.dtype.itemsize == 1
+    # The query as it comes, the widened tile and the result are never alive together: they share memory.
+    phases = [
+        plgpu.SMEM((heads, rows, depth), p.q_format.dtype),
+        plgpu.SMEM((heads, rows, depth), jnp.float32, transforms=swizzled(jnp.float32, depth)),
     ]
-    shape = jax.ShapeDtypeStruct((workers + p.seqs, p.kv_heads, depth + 2, rows), jnp.float32)
-    inputs = [terms, factor, *buffers, page_table, kv_len, low, *plan[:3]]
+    if narrow:
+        phases.append(plgpu.SMEM((heads, TILE, depth), form.wide, transforms=swizzled(form.wide, depth)))
+    scratch = {
+        "q_tile": plgpu.SMEM(
+            (heads, form.terms * rows, depth), form.operand, transforms=swizzled(form.operand, depth)
+        ),
+        "rings": [plgpu.SMEM((stages, TILE, w), stored, transforms=swizzled(stored, min(w, depth))) for w in widths],
+        "phases": plgpu.RefUnion(*phases),
+        "p_tile": plgpu.SMEM((heads, rows, TILE), form.wide, transforms=swizzled(form.wide, TILE)),
+        # The rows' factors are in registers before there are statistics.
+        "row_values": plgpu.RefUnion(
+            plgpu.SMEM((heads, rows), jnp.float32), plgpu.SMEM((heads, 2, rows), jnp.float32)
+        ),
+        "q_ready": plgpu.Barrier(num_arrivals=heads * form.span),
+        "ready": plgpu.Barrier(num_arrivals=len(widths) * max(TILE // p.page_size, 1), num_barriers=stages),
+    }
+    if p.kv_format.granularity == "token_head":
+        scratch["token_scales"] = plgpu.SMEM((stages, 2, heads, TILE), jnp.float32)
+    slots = workers + p.seqs
+    columns = form.columns * heads
+    out = (
+        jax.ShapeDtypeStruct((slots, columns, rows, depth), jnp.float32),
+        jax.ShapeDtypeStruct((slots, columns, 2, rows), jnp.float32),
+    )
+    leaves, tree = jax.tree.flatten(x)
+
+    def attend(*refs, **scratch):
+        ins = jax.tree.unflatten(tree, refs[: len(leaves)])
+        _Worker(p, form, config, workers, ins, *refs[len(leaves) :], **scratch).run()
+
     kernel = plgpu.kernel(
-        lambda *refs: _body(p, cap is not None, *refs),
-        out_type=shape, grid=(workers, p.kv_heads), grid_names=("worker", "head"), scratch_types=scratch,
+        attend, out_type=out, grid=(workers, form.columns), grid_names=("worker", "column"), scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True), interpret=INTERPRET,
     )  # fmt: skip
-    return kernel(*inputs, jnp.ones(2) if cap is None else cap)
+    return kernel(*leaves)
 
 
-def _body(
-    p: Problem, capped: bool, terms, factor, k, v, page_table, kv_len, low, work, before, first, cap, out,
-    q_tile, k_ring, v_ring, shared, p_tile, q_ready, ready,
-) -> None:  # fmt: skip
-    v_wide, o_tile = shared
-    worker, head = lax.axis_index("worker"), lax.axis_index("head")
-    start, end, seq, touched = (work[i, worker] for i in range(4))
-    rows, depth = p_tile.shape[0], p.head_dim
-    over_rows = Layout.WGMMA.reduce(0)  # a value for each query row, held like a column of the tile
-    spread = lambda x, n: lax.broadcast_in_dim(x, (n, rows), [1])  # noqa: E731
-    log2e = jnp.float32(LOG2E)
+class _Segment(NamedTuple):
+    """The part of one sequence that a worker reads."""
 
-    def page_of(b, tile, j):
+    b: Any
+    seq: Sequence
+    tile0: Any  # its first tile of the sequence
+    count: Any  # tiles
+    low: Any  # the first token that any row sees
+
+
+class _State(NamedTuple):
+    """Running result of one kv head: O^T [D, rows], maximum [rows], sum by token [TILE, rows]."""
+
+    acc: Any
+    top: Any
+    total: Any
+
+
+@dataclasses.dataclass
+class _Worker:
+    """The body of the kernel: one CTA's walk over its tiles."""
+
+    p: Problem
+    form: Form
+    config: Config
+    workers: int
+    x: Inputs
+    partial: Any
+    stats: Any
+    q_tile: Any
+    rings: Any
+    phases: Any
+    p_tile: Any
+    row_values: Any
+    q_ready: Any
+    ready: Any
+    token_scales: Any = None
+
+    def run(self) -> None:
+        p, form, x = self.p, self.form, self.x
+        self.narrow = p.kv_format.dtype.itemsize == 1
+        self.widen_keys = p.kv_format.dtype == INT8
+        self.per_token = p.kv_format.granularity == "token_head"
+        self.raw_q, self.o_tile = self.phases[0], self.phases[1]
+        self.factor, self.stats_tile = self.row_values
+        self.wide = self.phases[2] if self.narrow else None
+        self.worker, column = lax.axis_index("worker"), lax.axis_index("column")
+        self.block = lax.rem(column, jnp.int32(form.blocks)) if form.blocks > 1 else jnp.int32(0)
+        self.unit = lax.div(column, jnp.int32(form.blocks)) * self.config.heads  # first of V = K * parts virtual heads
+        self.head = lax.div(self.unit, jnp.int32(form.parts))
+        total, each = share(x.before, p.seqs, self.workers)
+        self.start = jnp.minimum(self.worker * each, total)
+        self.end = jnp.minimum(self.start + each, total)
+        first, last = find(x.before, self.start, self.end - 1)
+        touched = jnp.where(self.end > self.start, last - first + 1, 0)
+
+        def segment(i, carry):
+            self.segment(first + i)
+            return carry
+
+        lax.fori_loop(0, touched, segment, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    # Loading
+
+    def page_of(self, s: _Segment, tile, j: int):
         """Page of the j-th part of a tile, kept inside the table and the cache; the last real page past the end."""
-        column = (tile * TILE) // p.page_size + j if p.page_size < TILE else (tile * TILE) // p.page_size
-        column = jnp.minimum(column, jnp.maximum(kv_len[b] - 1, 0) // p.page_size)
-        return jnp.clip(page_table[b, column], 0, p.pages - 1)
+        p = self.p
+        column = lax.div(tile * TILE, jnp.int32(p.page_size)) + j
+        column = jnp.minimum(column, lax.div(jnp.maximum(s.seq.kv_len - 1, 0), jnp.int32(p.page_size)))
+        return jnp.clip(self.x.page_table[s.b, column], 0, p.pages - 1)
 
-    def rows_of(ref, page, tile):
+    def inside(self, tile):
+        """Slots of a page that a tile takes."""
+        p = self.p
         if p.page_size <= TILE:
-            return ref.at[page, head] if p.layout.head_major else ref.at[page, :, head]
-        inside = pl.ds(lax.rem(tile * TILE, jnp.int32(p.page_size)), TILE)
-        return ref.at[page, head, inside] if p.layout.head_major else ref.at[page, inside, head]
+            return pl.ds(0, p.page_size)
+        return pl.ds(lax.rem(tile * TILE, jnp.int32(p.page_size)), TILE)
 
-    def fetch(b, tile, slot):
-        size = min(p.page_size, TILE)
+    def sources(self, page, tile) -> list:
+        """What fills each ring: slots of a page by columns, from global memory."""
+        p, depth, heads, inside = self.p, self.p.head_dim, self.config.heads, self.inside(tile)
+        where = (page, self.head, inside) if p.layout.head_major else (page, inside)
+        cut = lambda ref, at, width: ref.at[(*where, pl.ds(at, width))]  # noqa: E731
+        base = 0 if p.layout.head_major else self.head * depth
+        if not p.layout.single:
+            return [cut(ref, base, heads * depth) for ref in self.x.buffers]
+        pages = self.x.buffers[0]
+        if self.form.merged:
+            return [cut(pages, 2 * base, 2 * depth)]
+        return [cut(pages, 2 * base, depth), cut(pages, 2 * base + depth, depth)]
+
+    def fetch(self, s: _Segment, tile, slot) -> None:
+        """Start the copies of one tile; scales per token come at once."""
+        size = min(self.p.page_size, TILE)
         for j in range(TILE // size):
-            page = page_of(b, tile, j)
-            for source, ring in ((k, k_ring), (v, v_ring)):
-                plgpu.copy_gmem_to_smem(
-                    rows_of(source, page, tile), ring.at[slot, pl.ds(j * size, size)], ready.at[slot]
-                )
+            page, to = self.page_of(s, tile, j), pl.ds(j * size, size)
+            for source, ring in zip(self.sources(page, tile), self.rings, strict=True):
+                plgpu.copy_gmem_to_smem(source, ring.at[slot, to], self.ready.at[slot])
+            if self.per_token:
+                self.fetch_scales(page, tile, slot, to, size)
 
-    def segment(i, carry):
-        b = seq + i
-        tile0 = first[b] + jnp.maximum(start - before[b], 0)
-        count = first[b] + jnp.minimum(end, before[b + 1]) - before[b] - tile0
+    def fetch_scales(self, page, tile, slot, to, size: int) -> None:
+        inside = self.inside(tile)
+        for h in range(self.config.heads):
+            head = self.head + h
+            where = (page, head, inside) if self.p.layout.head_major else (page, inside, head)
+            for side, scale in enumerate((self.x.k_scale, self.x.v_scale)):
+                got = plgpu.load(scale.at[where], layout=token_layout(size), optimized=False)
+                self.token_scales[slot, side, h, to] = got
+
+    def load_query(self, s: _Segment) -> None:
+        """The block's query rows as stacked terms in `q_tile`, and the factor that turns a row's sums to logits."""
+        p, form = self.p, self.form
+        first = self.block * form.span
+        for h in range(self.config.heads):
+            for i in range(form.span):
+                token = jnp.clip(s.seq.start + first + i, 0, p.tokens - 1)
+                rows = self.raw_q.at[h, pl.ds(i * form.part, form.part)]
+                plgpu.copy_gmem_to_smem(self.x.q.at[token, self.unit + h], rows, self.q_ready)
+        plgpu.barrier_wait(self.q_ready)
+        for h in range(self.config.heads):
+            self.split_query(s, h)
+        plgpu.commit_smem()
+
+    def split_query(self, s: _Segment, h: int) -> None:
+        p, form = self.p, self.form
+        rows, shape = form.rows, (form.rows, p.head_dim)
+        layout = row_layout(p.head_dim)
+        x = plgpu.load(self.raw_q.at[h], layout=layout, optimized=False)
+        if p.q_format.dtype != jnp.float32:
+            x = x.astype(jnp.float16 if p.q_format.quantized else jnp.float32)
+        if form.part * form.span < rows:  # rows past the block's hold anything
+            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+            x = jnp.where(row < form.part * form.span, x, jnp.zeros((), x.dtype))
+        if p.q_format.quantized:
+            self.q_tile[h] = x.astype(form.operand) if form.operand != jnp.bfloat16 else _via_f32(x, form.operand)
+            return self.given_factor(s, h)
+        # Rows are scaled by a power of two, which is exact, to at least half of what FP8 holds.
+        top = jnp.max(jnp.abs(x), axis=1)
+        power = lax.bitcast_convert_type(jnp.clip(top, 2.0**-100, 2.0**100), jnp.int32) & 0x7F800000
+        up = lax.bitcast_convert_type(jnp.int32(254 << 23) - power + jnp.int32(7 << 23), jnp.float32)
+        self.factor[h] = lax.bitcast_convert_type(power - jnp.int32(7 << 23), jnp.float32)
+        x = x * lax.broadcast_in_dim(up, shape, [0])
+        for term in range(form.terms):
+            part = x.astype(form.operand)
+            self.q_tile[h, pl.ds(term * rows, rows)] = part
+            if term + 1 < form.terms:
+                x = x - (part.astype(jnp.float16) if form.operand in FP8 else part).astype(jnp.float32)
+        return None
+
+    def given_factor(self, s: _Segment, h: int) -> None:
+        """The scales of a quantised query, one of all rows or each row's own."""
+        p, form, scale = self.p, self.form, self.x.q_scale
+        for row in range(form.rows):
+            i, g = divmod(row, form.part)
+            if scale.ndim > 1 and i < form.span:
+                token = jnp.clip(s.seq.start + self.block * form.span + i, 0, p.tokens - 1)
+                self.factor[h, row] = scale[token, self.unit + h, g]
+            else:
+                self.factor[h, row] = scale[0] if scale.ndim == 1 else jnp.float32(0)
+
+    # Computing
+
+    def segment(self, b) -> None:
+        """One sequence of the worker's: its partial result goes to slot worker + b."""
+        p, x, config = self.p, self.x, self.config
+        seq = Sequence.read(p, x, b)
+        # Both worker and sequence rise along the list, so no two pairs share a slot.
+        slot = self.worker + b
+        low, skipped = jnp.int32(0), jnp.int32(0)
+        if "window" in p.options:
+            window, oldest = x.window[0], seq.kv_len - seq.q_len + 1
+            skipped = lax.div(jnp.where(window > 0, jnp.maximum(oldest - window, 0), 0), jnp.int32(TILE))
+            low = jnp.where(window > 0, jnp.maximum(oldest + self.block * self.form.span - window, 0), 0)
+        tile0 = skipped + jnp.maximum(self.start - x.before[b], 0)
+        count = skipped + jnp.minimum(self.end, x.before[b + 1]) - x.before[b] - tile0
+        s = _Segment(b, seq, tile0, count, low)
+        for stage in range(config.stages):
+            pl.when(stage < count)(lambda stage=stage: self.fetch(s, tile0 + stage, stage))
         plgpu.wait_smem_to_gmem(0)  # the last segment's result has left
         plgpu.commit_smem()  # and every warp is done with its query
-        plgpu.copy_gmem_to_smem(terms.at[b, head], q_tile, q_ready)
-        for slot in range(STAGES):
-            pl.when(slot < count)(lambda slot=slot: fetch(b, tile0 + slot, slot))
-        scale = plgpu.load(factor.at[b, head], layout=over_rows, optimized=False)
-        plgpu.barrier_wait(q_ready)
-
-        def scores(slot):
-            def multiply(acc):
-                plgpu.wgmma(acc, k_ring.at[slot], q_tile.transpose((1, 0)))
-                return acc[...]
-
-            s = pl.run_scoped(multiply, ACC((TILE, q_tile.shape[0]), jnp.float32))
-            total = s[:, :rows]
-            for term in range(1, q_tile.shape[0] // rows):
-                total = total + s[:, term * rows : (term + 1) * rows]
-            s = total * spread(scale, TILE)
-            if capped:
-                bound, on = cap[0], cap[1]  # on is 0 or 1: a cap that is not positive is none
-                tanh = 1.0 - 2.0 / (jnp.exp2(s * (2.0 * log2e / bound)) + 1.0)
-                s = tanh * (bound * on) + s * (1.0 - on)
-            return s * log2e
-
-        def inside(tile, layout, shape):
-            token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + tile * TILE
-            return (token < kv_len[b]) & (token >= low[b])
-
-        def step(t, state, masked):
-            acc, top, total = state
-            slot, tile = lax.rem(t, jnp.int32(STAGES)), tile0 + t
-            plgpu.barrier_wait(ready.at[slot])
-            s = scores(slot)
-            if masked:
-                s = jnp.where(inside(tile, Layout.WGMMA, (TILE, rows)), s, FAR)
-            new = jnp.maximum(top, jnp.max(s, axis=0))
-            keep, weight = jnp.exp2(top - new), jnp.exp2(s - spread(new, TILE))
-            if masked:
-                weight = jnp.where(inside(tile, Layout.WGMMA, (TILE, rows)), weight, 0.0)
-            total = total * spread(keep, TILE) + weight
-            p_tile.transpose((1, 0))[...] = plgpu.layout_cast(weight.astype(jnp.float16), Layout.WGMMA_TRANSPOSED)
-            wide = plgpu.load(v_ring.at[slot], layout=Layout.WGMMA_UPCAST_2X).astype(jnp.float16)
-            if masked:  # an unwritten slot may hold NaN, and 0 x NaN is NaN
-                wide = jnp.where(inside(tile, Layout.WGMMA_UPCAST_2X, (TILE, depth)), wide, jnp.float16(0))
-            v_wide[...] = wide
-            plgpu.commit_smem()
-            pl.when(t + STAGES < count)(lambda: fetch(b, tile + STAGES, slot))
-
-            def multiply(acc):
-                plgpu.wgmma(acc, v_wide.transpose((1, 0)), p_tile.transpose((1, 0)))
-                return acc[...]
-
-            product = pl.run_scoped(multiply, ACC((depth, rows), jnp.float32))
-            return acc * spread(keep, depth) + product, new, total
-
-        state = (
-            plgpu.layout_cast(jnp.zeros((depth, rows), jnp.float32), Layout.WGMMA),
-            plgpu.layout_cast(jnp.full((rows,), FAR, jnp.float32), over_rows),
-            plgpu.layout_cast(jnp.zeros((TILE, rows), jnp.float32), Layout.WGMMA),
+        self.load_query(s)
+        factors = [self.row_factor(s, h) for h in range(config.heads)]
+        rows, depth = self.form.rows, p.head_dim
+        state = tuple(
+            _State(
+                plgpu.layout_cast(jnp.zeros((depth, rows), jnp.float32), Layout.WGMMA),
+                plgpu.layout_cast(jnp.full((rows,), FAR, jnp.float32), OVER_COLUMNS),
+                plgpu.layout_cast(jnp.zeros((TILE, rows), jnp.float32), Layout.WGMMA),
+            )
+            for _ in range(config.heads)
         )
-        # Whole tiles need no mask; with a window the first one does too.
-        whole = jnp.clip(kv_len[b] // TILE - tile0, 0, count) if "window" not in p.options else jnp.int32(0)
-        state = lax.fori_loop(0, whole, lambda t, s: step(t, s, False), state)
-        acc, top, total = lax.fori_loop(whole, count, lambda t, s: step(t, s, True), state)
-        o_tile[pl.ds(0, depth)] = acc
-        o_tile[depth] = top
-        o_tile[depth + 1] = jnp.sum(total, axis=0)
+        # Tiles that every row sees whole need no mask.
+        seen = self.last_of_all(seq)
+        whole = jnp.clip(lax.div(seen, jnp.int32(TILE)) - tile0, 0, count)
+        if "window" in p.options:
+            whole = jnp.int32(0)
+        state = lax.fori_loop(0, whole, lambda t, c: self.step(s, factors, t, c, masked=False), state)
+        state = lax.fori_loop(whole, count, lambda t, c: self.step(s, factors, t, c, masked=True), state)
+        for h in range(config.heads):
+            acc, top, total = state[h]
+            self.o_tile.at[h].transpose((1, 0))[...] = plgpu.layout_cast(acc, Layout.WGMMA_TRANSPOSED)
+            self.stats_tile[h, 0] = top
+            self.stats_tile[h, 1] = jnp.sum(total, axis=0)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(o_tile, out.at[worker + b, head])
-        return carry
+        for h in range(config.heads):
+            column = self.form.column(self.unit, h, self.block)
+            plgpu.copy_smem_to_gmem(self.o_tile.at[h], self.partial.at[slot, column])
+            plgpu.copy_smem_to_gmem(self.stats_tile.at[h], self.stats.at[slot, column])
 
-    lax.fori_loop(0, touched, segment, jnp.int32(0))
-    plgpu.wait_smem_to_gmem(0)
+    def last_of_all(self, seq: Sequence):
+        """How many tokens from the first every row of the block sees, a window aside."""
+        if self.p.max_q_len == 1 or "non-causal" in self.p.options:
+            return seq.kv_len
+        return jnp.clip(seq.kv_len - seq.q_len + self.block * self.form.span + 1, 0, seq.kv_len)
+
+    def row_factor(self, s: _Segment, h: int):
+        """[rows]: what turns the sums of codes to logits; to base 2 unless the soft cap comes between."""
+        p, x = self.p, self.x
+        scale = x.scale[0]
+        if not self.per_token and p.kv_format.quantized:
+            scale = scale * scale_at(x.k_scale, SCALE_RANK[p.kv_format.granularity], s.b, self.head + h)
+        if "soft cap" not in p.options:
+            scale = scale * jnp.float32(LOG2E)
+        return plgpu.load(self.factor.at[h], layout=OVER_COLUMNS, optimized=False) * scale
+
+    def part_of(self, slot, h: int, value: bool):
+        """Keys or values [TILE, D] of a ring's slot."""
+        depth = self.p.head_dim
+        ring = self.rings[-1 if value else 0].at[slot]
+        at = depth * value if self.form.merged else h * depth
+        return ring if ring.shape[1] == depth else ring.at[:, pl.ds(at, depth)]
+
+    def spread(self, row, count: int):
+        """[rows] as [count, rows]."""
+        return lax.broadcast_in_dim(row, (count, self.form.rows), [1])
+
+    def cap(self, s):
+        """The soft cap, to base 2; one that is not positive is none."""
+        cap = self.x.cap[0]
+        bound, on = jnp.where(cap > 0, cap, 1.0), jnp.where(cap > 0, 1.0, 0.0)
+        tanh = 1.0 - 2.0 / (jnp.exp2(s * (2.0 * jnp.float32(LOG2E) / bound)) + 1.0)
+        return (tanh * (bound * on) + s * (1.0 - on)) * jnp.float32(LOG2E)
+
+    def visible(self, s: _Segment, tile):
+        """bool [TILE, rows]."""
+        p, rows = self.p, self.form.rows
+        token = plgpu.broadcasted_iota(jnp.int32, (TILE, rows), 0, layout=Layout.WGMMA) + tile * TILE
+        if p.max_q_len == 1:
+            return (token < s.seq.kv_len) & (token >= s.low)
+        row = plgpu.broadcasted_iota(jnp.int32, (TILE, rows), 1, layout=Layout.WGMMA)
+        position = s.seq.kv_len - s.seq.q_len + self.block * self.form.span + lax.div(row, jnp.int32(self.form.part))
+        seen = token < s.seq.kv_len
+        if "per-sequence causal" in p.options:
+            seen &= (token <= position) | (self.x.causal[s.b] == 0)
+        elif "non-causal" not in p.options:
+            seen &= token <= position
+        if "window" in p.options:
+            window = self.x.window[0]
+            seen &= (token > position - window) | (window <= 0)
+        return seen
+
+    def real_tokens(self, s: _Segment, tile, layout, shape):
+        """bool, whether a token (axis 0) is one that some row sees: what else is there may be NaN."""
+        token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + tile * TILE
+        return (token < s.seq.kv_len) & (token >= s.low)
+
+    def step(self, s: _Segment, factors, t, states, *, masked: bool):
+        """One tile."""
+        config, rows, depth = self.config, self.form.rows, self.p.head_dim
+        slot, tile = lax.rem(t, jnp.int32(config.stages)), s.tile0 + t
+        plgpu.barrier_wait(self.ready.at[slot])
+        if self.widen_keys:
+            plgpu.commit_smem()  # every warp is done with the last tile's widened values
+            for h in range(config.heads):
+                self.wide[h] = self.widen(slot, h, value=False)
+            plgpu.commit_smem()
+        seen = self.visible(s, tile) if masked else None
+        logits = self.logits(slot, factors)
+        new = []
+        for h in range(config.heads):
+            logit, log_scale = self.scaled_by_token(s, tile, slot, h, logits[h], masked)
+            logit = jnp.where(seen, logit, FAR) if masked else logit
+            acc, top, total = states[h]
+            peak = jnp.maximum(top, jnp.max(logit, axis=0))
+            keep, weight = jnp.exp2(top - peak), jnp.exp2(logit - self.spread(peak, TILE))
+            weight = jnp.where(seen, weight, 0.0) if masked else weight
+            mass = weight
+            if log_scale is not None:  # the weight carries the value's scale, the sum must not
+                mass = weight * lax.broadcast_in_dim(jnp.exp2(-log_scale), (TILE, rows), [0])
+            total = total * self.spread(keep, TILE) + mass
+            self.p_tile.at[h].transpose((1, 0))[...] = plgpu.layout_cast(
+                weight.astype(self.form.wide), Layout.WGMMA_TRANSPOSED
+            )
+            self.prepare_values(s, tile, slot, h, masked)
+            new.append((acc, peak, total, keep))
+        plgpu.commit_smem()
+        if self.narrow:  # the ring's slot is free once its values are widened
+            self.refill(s, t, slot)
+        done = []
+        for h, (acc, peak, total, keep) in enumerate(new):
+            product = self.weighted_values(slot, h)
+            done.append(_State(acc * self.spread(keep, depth) + product, peak, total))
+        if not self.narrow:
+            plgpu.commit_smem()  # every warp is done with the slot
+            self.refill(s, t, slot)
+        return tuple(done)
+
+    def refill(self, s: _Segment, t, slot) -> None:
+        ahead = t + self.config.stages
+        pl.when(ahead < s.count)(lambda: self.fetch(s, s.tile0 + ahead, slot))
+
+    def logits(self, slot, factors) -> list:
+        """S^T [TILE, rows] of each head, in float32."""
+        rows, n = self.form.rows, self.form.terms * self.form.rows
+
+        def multiply(*accs):
+            for h, acc in enumerate(accs):
+                keys = self.wide.at[h] if self.widen_keys else self.part_of(slot, h, value=False)
+                plgpu.wgmma(acc, keys, self.q_tile.at[h].transpose((1, 0)))
+            return [acc[...] for acc in accs]
+
+        sums = pl.run_scoped(multiply, *[ACC((TILE, n), jnp.float32)] * self.config.heads)
+        out = []
+        for s, factor in zip(sums, factors, strict=True):
+            total = s[:, :rows]
+            for term in range(1, self.form.terms):
+                total = total + s[:, term * rows : (term + 1) * rows]
+            s = total * self.spread(factor, TILE)
+            out.append(s)
+        return out
+
+    def scaled_by_token(self, s: _Segment, tile, slot, h: int, logit, masked: bool):
+        """(logits to base 2 with the keys' scales and the logarithm of the values', that logarithm or None)."""
+        capped = "soft cap" in self.p.options
+        if not self.per_token:
+            return (self.cap(logit) if capped else logit), None
+        k_scale, v_scale = (
+            plgpu.load(self.token_scales.at[slot, side, h], layout=OVER_ROWS, optimized=False) for side in (0, 1)
+        )
+        if masked:
+            real = self.real_tokens(s, tile, OVER_ROWS, (TILE,))
+            k_scale, v_scale = jnp.where(real, k_scale, 0.0), jnp.where(real, v_scale, 1.0)
+        over = lambda v: lax.broadcast_in_dim(v, (TILE, self.form.rows), [0])  # noqa: E731
+        logit = logit * over(k_scale)
+        logit = self.cap(logit) if capped else logit
+        log_scale = jnp.log2(jnp.maximum(v_scale, 2.0**-100))
+        return logit + over(log_scale), log_scale
+
+    def widen(self, slot, h: int, value: bool):
+        """A narrow tile as f16 registers."""
+        return plgpu.load(self.part_of(slot, h, value), layout=Layout.WGMMA_UPCAST_2X).astype(self.form.wide)
+
+    def prepare_values(self, s: _Segment, tile, slot, h: int, masked: bool) -> None:
+        """Values where the matrix unit can read them; an unwritten slot may hold NaN, and 0 x NaN is NaN."""
+        shape = (TILE, self.p.head_dim)
+        if self.narrow:
+            wide = self.widen(slot, h, value=True)
+            if masked:
+                real = self.real_tokens(s, tile, Layout.WGMMA_UPCAST_2X, shape)
+                wide = jnp.where(real, wide, jnp.zeros((), self.form.wide))
+            self.wide[h] = wide
+        elif masked:
+            ref = self.part_of(slot, h, value=True)
+            real = self.real_tokens(s, tile, Layout.WGMMA, shape)
+            ref[...] = jnp.where(real, plgpu.load(ref, layout=Layout.WGMMA), jnp.zeros((), self.form.wide))
+
+    def weighted_values(self, slot, h: int):
+        """V^T P^T [D, rows]."""
+
+        def multiply(acc):
+            values = self.wide.at[h] if self.narrow else self.part_of(slot, h, value=True)
+            plgpu.wgmma(acc, values.transpose((1, 0)), self.p_tile.at[h].transpose((1, 0)))
+            return acc[...]
+
+        return pl.run_scoped(multiply, ACC((self.p.head_dim, self.form.rows), jnp.float32))
+
+
+def _via_f32(x, dtype):
+    """No unit converts FP8 to bf16 directly."""
+    return x.astype(jnp.float32).astype(dtype)

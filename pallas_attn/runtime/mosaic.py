@@ -1,0 +1,39 @@
+"""What Mosaic GPU kernels share: register layouts and how tiles lie in shared memory."""
+
+import math
+
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu.fragmented_array import Tiling
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+Layout = plgpu.Layout
+ACC = plgpu.ACC  # type: ignore[attr-defined]  # public in fact, not in the type stubs
+SMS = 132  # of an H100 SXM or an H200
+SHARED = 228 * 1024  # bytes of shared memory of one SM, of which the driver takes 1024 for each CTA
+LOG2E = math.log2(math.e)
+OVER_ROWS = Layout.WGMMA.reduce(1)  # [64 n]: a value for each row of an accumulator
+OVER_COLUMNS = Layout.WGMMA.reduce(0)  # [8 n]: a value for each column of an accumulator
+
+
+def swizzled(dtype, columns: int) -> tuple:
+    """Transforms of a tile of rows for TMA and the matrix unit."""
+    width = min(128, columns * jnp.dtype(dtype).itemsize)
+    columns = width // jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(width)  # type: ignore[abstract]
+
+
+def row_layout(columns: int, itemsize: int = 4):
+    """Registers of a tile [8 n, columns] that is not tall enough for the matrix unit's own layouts: 16 lanes hold a
+    row, so that a reduction along it stays in the warp. No lane moves more than 16 bytes at once: wider loads from
+    shared memory come back wrong."""
+    width = min(columns, 256 // itemsize)
+    return Layout.TILED(Tiling(((8, width), (2, width), (width // 16,))), (-5,), (-3, -2), -1)
+
+
+def token_layout(tokens: int):
+    """Registers of a vector [tokens] whose elements may lie anywhere: one each, held by all warps alike."""
+    if tokens % 32:
+        return Layout.TILED(
+            Tiling(((tokens,), (1,))), (plgpu.Replicated(4),), (-2, plgpu.Replicated(32 // tokens)), -1
+        )
+    return Layout.TILED(Tiling(((32,), (1,))), (plgpu.Replicated(4),), (-2,), -1)
