@@ -9,7 +9,7 @@ EXTRAS := test,bench,notebooks
 FIND_PYTHON := for p in python3 python3.13 python3.12; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then echo $$p; break; fi; done
 
-.PHONY: which-python serve test bench smoke lint format notebooks clean
+.PHONY: which-python serve test test-slow bench smoke lint format notebooks clean
 .DELETE_ON_ERROR:
 
 which-python:
@@ -20,6 +20,10 @@ serve: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(PY) -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=90 $(PYTEST)
+
+# The whole matrix of cells and configurations of the kernels, lowered for a GPU that need not be there.
+test-slow: $(VENV)/.installed
+	$(PY) -m pytest -n 2 --dist worksteal -m slow $(PYTEST)
 
 # The smaller pass for another jax: import, reference, goldens and conformance of the portable backend.
 smoke: $(VENV)/.installed

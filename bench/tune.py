@@ -72,6 +72,8 @@ def tune(pattern: str, processes: int) -> None:
         timed = [r for (n, _), r in zip(jobs, results, strict=True) if n == name]
         entry, heuristic, best, us = min(timed, key=lambda r: r[3])
         plain = next((r[3] for r in timed if r[2] == heuristic), float("nan"))
+        for _, _, config, time in sorted(timed, key=lambda r: r[3]):
+            print(f"{name:40s} {config} {time:8.1f} us")
         rows.append((name, str(best), us, str(heuristic), plain, plain / us))
         known[json.dumps(_identity(entry))] = {**entry, "config": [best.heads, best.stages, best.ctas], "us": round(us, 1)}
     TABLE.write_text("[\n" + ",\n".join(f"  {json.dumps(e)}" for e in known.values()) + "\n]\n")

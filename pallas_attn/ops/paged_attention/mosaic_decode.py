@@ -274,6 +274,9 @@ class _Worker:
         self.block = lax.rem(column, jnp.int32(form.blocks)) if form.blocks > 1 else jnp.int32(0)
         self.unit = lax.div(column, jnp.int32(form.blocks)) * self.config.heads  # first of V = K * parts virtual heads
         self.head = lax.div(self.unit, jnp.int32(form.parts))
+        # Numbers that are wanted late are asked for early.
+        rank = SCALE_RANK.get(p.kv_format.granularity)
+        self.scale = x.scale[0] * x.k_scale[0] if rank == 0 else x.scale[0]
         total, each = share(x.before, p.seqs, self.workers)
         self.start = jnp.minimum(self.worker * each, total)
         self.end = jnp.minimum(self.start + each, total)
@@ -444,9 +447,9 @@ class _Worker:
     def row_factor(self, s: _Segment, h: int):
         """[rows]: what turns the sums of codes to logits; to base 2 unless the soft cap comes between."""
         p, x = self.p, self.x
-        scale = x.scale[0]
-        if not self.per_token and p.kv_format.quantized:
-            scale = scale * scale_at(x.k_scale, SCALE_RANK[p.kv_format.granularity], s.b, self.head + h)
+        scale, rank = self.scale, SCALE_RANK.get(p.kv_format.granularity)
+        if rank:
+            scale = scale * scale_at(x.k_scale, rank, s.b, self.head + h)
         if "soft cap" not in p.options:
             scale = scale * jnp.float32(LOG2E)
         return plgpu.load(self.factor.at[h], layout=OVER_COLUMNS, optimized=False) * scale

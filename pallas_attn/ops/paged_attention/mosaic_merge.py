@@ -14,7 +14,7 @@ from pallas_attn.ops.paged_attention.problem import Problem
 from pallas_attn.runtime.mosaic import LOG2E, SMS, row_layout
 
 FAR = -1e30
-REGISTERS = 64  # of each thread for values that are on their way
+REGISTERS = 160  # of each thread for values that are on their way
 
 
 def merge(p: Problem, form, workers: int, x, partial, stats, sinks, v_scale, out_scale, interpret) -> tuple[Array, ...]:
@@ -32,9 +32,9 @@ def merge(p: Problem, form, workers: int, x, partial, stats, sinks, v_scale, out
     aligned = lambda width: form.span == 1 or width * form.part * p.out_dtype.itemsize % 128 == 0  # noqa: E731
     while band > 32 and p.seqs * columns * depth // band < 2 * SMS and aligned(band // 2):
         band //= 2
-    # Loads overlap; those of more partial results than a sequence has are wasted.
-    expected = 2 ** (workers // p.seqs + 1).bit_length()
-    together = max(min(expected, REGISTERS * 128 // (rows * band)), 1)
+    # All loads of a step overlap; as few steps as the registers allow, of the partial results to be expected.
+    expected, fit = workers // p.seqs + 2, REGISTERS // (rows * band // 128 + 2)
+    together = -(-expected // -(-expected // max(fit, 1)))
     given = sinks is not None
     rank = SCALE_RANK.get(p.kv_format.granularity)
     arrays = (
@@ -78,6 +78,9 @@ def _merge(p: Problem, form, workers, band, together, given, rank, ins, outs, ti
     _, each = share(before, p.seqs, workers)
     low, count = lax.div(before[b], each), before[b + 1] - before[b]
     parts = jnp.where(count > 0, lax.div(before[b + 1] - 1, each) - low + 1, 0)
+    # Read here, they are on their way while the partial results are.
+    value_scale = None if rank is None else scale_at(v_scale, rank, b, lax.div(unit, jnp.int32(form.parts)))
+    rounding_scale = out_scale[0]
 
     def load(ref, how):
         return plgpu.load(ref, layout=how, optimized=False)
@@ -114,9 +117,9 @@ def _merge(p: Problem, form, workers, band, together, given, rank, ins, outs, ti
     acc, top, total = lax.fori_loop(0, lax.div(parts + (together - 1), jnp.int32(together)), step, state)
     some = jnp.where(total > 0, total, 1.0)
     result = acc / spread(some)
-    if rank is not None:
-        result = result * scale_at(v_scale, rank, b, lax.div(unit, jnp.int32(form.parts)))
-    o_tile[...] = _round(result, p.out_format, p.out_dtype, out_scale[0])
+    if value_scale is not None:
+        result = result * value_scale
+    o_tile[...] = _round(result, p.out_format, p.out_dtype, rounding_scale)
     row_tile[1] = jnp.where(total > 0, (top + jnp.log2(some)) / jnp.float32(LOG2E), -jnp.inf)
     plgpu.commit_smem()
     first = block * form.span
