@@ -75,7 +75,11 @@ def tune(pattern: str, processes: int) -> None:
         for _, _, config, time in sorted(timed, key=lambda r: r[3]):
             print(f"{name:40s} {config} {time:8.1f} us")
         rows.append((name, str(best), us, str(heuristic), plain, plain / us))
-        known[json.dumps(_identity(entry))] = {**entry, "config": [best.heads, best.stages, best.ctas], "us": round(us, 1)}
+        known[json.dumps(_identity(entry))] = {
+            **entry,
+            "config": [best.heads, best.stages, best.ctas],
+            "us": round(us, 1),
+        }
     TABLE.write_text("[\n" + ",\n".join(f"  {json.dumps(e)}" for e in known.values()) + "\n]\n")
     print(tabulate(rows, headers=["case", "best", "us", "heuristic", "us", "ratio"], floatfmt=".2f"))
 

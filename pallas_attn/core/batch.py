@@ -11,7 +11,6 @@ from jaxtyping import Array, Int
 from pallas_attn.core.errors import is_concrete, require
 from pallas_attn.core.leaf import Leaf
 
-
 TILE = 64  # tokens of one unit of work of a schedule
 
 

@@ -33,7 +33,5 @@ def row_layout(columns: int, itemsize: int = 4):
 def token_layout(tokens: int):
     """Registers of a vector [tokens] whose elements may lie anywhere: one each, held by all warps alike."""
     if tokens % 32:
-        return Layout.TILED(
-            Tiling(((tokens,), (1,))), (plgpu.Replicated(4),), (-2, plgpu.Replicated(32 // tokens)), -1
-        )
+        return Layout.TILED(Tiling(((tokens,), (1,))), (plgpu.Replicated(4),), (-2, plgpu.Replicated(32 // tokens)), -1)
     return Layout.TILED(Tiling(((32,), (1,))), (plgpu.Replicated(4),), (-2,), -1)

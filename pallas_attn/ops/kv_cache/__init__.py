@@ -3,6 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int
 
+from pallas_attn.core.arch import Arch
 from pallas_attn.core.caches import PagedKVCache
 from pallas_attn.ops.kv_cache.cases import support_cases
 from pallas_attn.ops.kv_cache.problem import outputs, prepare
@@ -18,6 +19,7 @@ OP = register(
         prepare,
         outputs,
         (
+            Backend("mosaic", f"{_HERE}.mosaic", ("cuda",), (Arch.HOPPER,)),
             Backend("xla", f"{_HERE}.xla", cost="a scatter for each buffer"),
             Backend("reference", f"{_HERE}.reference", cost="time slots x tokens"),
         ),

@@ -151,5 +151,3 @@ def shared_bytes(p: Problem, config: Config) -> int:
         arrays.append(config.stages * 2 * heads * TILE * 4)
     reduction, barriers, driver = 2048, 1024, 1024
     return sum(-(-a // 1024) * 1024 for a in arrays) + reduction + barriers + driver
-
-

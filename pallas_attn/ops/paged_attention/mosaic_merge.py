@@ -10,21 +10,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_attn.core.formats import Format
+from pallas_attn.ops.paged_attention.mosaic_config import Form
+from pallas_attn.ops.paged_attention.mosaic_worker import FAR, SCALE_RANK, Inputs, Sequence, scale_at, share
 from pallas_attn.ops.paged_attention.problem import Problem
 from pallas_attn.runtime.mosaic import LOG2E, SMS, row_layout
 
-FAR = -1e30
 REGISTERS = 160  # of each thread for values that are on their way
 
 
-def merge(p: Problem, form, workers: int, x, partial, stats, sinks, v_scale, out_scale, interpret) -> tuple[Array, ...]:
+def merge(
+    p: Problem, form: Form, workers: int, x, partial, stats, sinks, v_scale, out_scale, interpret
+) -> tuple[Array, ...]:
     """(out [T, H, D], lse [T, H] if asked) from what the workers left.
 
     A CTA takes one block of query rows of a sequence, or a band of its head dims where there are few; the sequences
     also share the tokens that belong to none, which come out as zeros.
     """
-    from pallas_attn.ops.paged_attention.mosaic_decode import SCALE_RANK
-
     columns, rows, depth = partial.shape[1:]
     heads = p.kv_heads * form.parts
     band = depth
@@ -62,8 +63,6 @@ def merge(p: Problem, form, workers: int, x, partial, stats, sinks, v_scale, out
 
 
 def _merge(p: Problem, form, workers, band, together, given, rank, ins, outs, tiles) -> None:
-    from pallas_attn.ops.paged_attention.mosaic_decode import Inputs, Sequence, scale_at, share
-
     partial, stats, cu_q_lens, kv_lens, live, before, sinks, v_scale, out_scale = ins
     o_tile, row_tile = tiles
     b, column, part = (lax.axis_index(name) for name in ("seq", "column", "band"))
@@ -126,16 +125,15 @@ def _merge(p: Problem, form, workers, band, together, given, rank, ins, outs, ti
     for i in range(form.span):
         pl.when(first + i < seq.q_len)(
             lambda i=i: plgpu.copy_smem_to_gmem(
-                o_tile.at[pl.ds(i * form.part, form.part)], outs[0].at[seq.start + first + i, unit, pl.ds(0, form.part), at]
+                o_tile.at[pl.ds(i * form.part, form.part)],
+                outs[0].at[seq.start + first + i, unit, pl.ds(0, form.part), at],
             )
         )
     if p.return_lse:
         pl.when(part == 0)(lambda: _write_lse(p, form, seq, unit, first, row_tile, outs[1]))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     end = jnp.clip(cu_q_lens[jnp.clip(live[0], 0, p.seqs)], 0, p.tokens) + b
-    pl.when((block == 0) & (end < p.tokens))(
-        lambda: _clear(p, form, end, unit, at, part, o_tile, layout, outs)
-    )
+    pl.when((block == 0) & (end < p.tokens))(lambda: _clear(p, form, end, unit, at, part, o_tile, layout, outs))
 
 
 def _round(x, format: Format | None, dtype, scale):
