@@ -1,6 +1,7 @@
 """`python -m bench list | run | plot | tune`: the benchmark of paged attention."""
 
 import argparse
+import dataclasses
 import fnmatch
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--layout", choices=("NHD", "HND"), help="only this layout")
     command.add_argument("--backend", help="default: the best that supports the case")
     command.add_argument("--repeat", type=int, default=11)
+    command.add_argument("--no-schedule", action="store_true", help="time the call that computes its own schedule")
     command.add_argument("--results", type=Path, default=record.RESULTS)
     picture = commands.add_parser("plot", help="draw a results file")
     picture.add_argument("file", type=Path)
@@ -58,17 +60,19 @@ def run(args: argparse.Namespace) -> None:
     for case in chosen(args):
         if small:
             case = case.small()
-        measured = one(case, args.backend, args.repeat)
+        measured = one(case, args.backend, args.repeat, scheduled=not args.no_schedule)
         print(measured if isinstance(measured, str) else measured.line(), flush=True)
-        if not small and not isinstance(measured, str):
+        if not small and not args.no_schedule and not isinstance(measured, str):
             record.append(measured, args.results)
 
 
-def one(case: Case, backend: str | None, repeat: int) -> record.Result | str:
+def one(case: Case, backend: str | None, repeat: int, scheduled: bool = True) -> record.Result | str:
     """Check and time one case; or say why the backend refuses it."""
     from pallas_attn import explain, paged_attention
 
     args = arguments(case)
+    if not scheduled:
+        args = (*args[:2], dataclasses.replace(args[2], schedule=None))
     answers = explain(paged_attention, *args, backend=backend)
     name = next((name for name, answer in answers.items() if answer == "chosen"), None)
     if name is None:

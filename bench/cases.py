@@ -93,7 +93,8 @@ def all_cases() -> dict[str, Case]:
 
 
 def arguments(case: Case, seed: int = 0) -> tuple[Any, pa.PagedKVCache, pa.RaggedBatch]:
-    """Random (q, cache, batch) of a case: FP8 pages per tensor, in random order."""
+    """Random (q, cache, batch) of a case: FP8 pages per tensor, in random order; the batch has its schedule, which a
+    serving step computes once for all its layers."""
     rng = np.random.default_rng(seed)
     owned = [-(-kv // case.page_size) for _, kv in case.seqs]
     order = rng.permutation(sum(owned)).astype(np.int32)
@@ -111,7 +112,8 @@ def arguments(case: Case, seed: int = 0) -> tuple[Any, pa.PagedKVCache, pa.Ragge
     starts = np.cumsum([0, *(n for n, _ in case.seqs)]).astype(np.int32)
     lengths = np.array([kv for _, kv in case.seqs], np.int32)
     most = max(n for n, _ in case.seqs)
-    return query, cache, pa.RaggedBatch(*map(jnp.asarray, (table, lengths, starts)), max_q_len=1 if most == 1 else None)
+    batch = pa.RaggedBatch(*map(jnp.asarray, (table, lengths, starts)), max_q_len=1 if most == 1 else None)
+    return query, cache, batch.with_schedule()
 
 
 @functools.partial(jax.jit, static_argnums=1)
