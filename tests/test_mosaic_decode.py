@@ -159,6 +159,16 @@ def test_lowers(cell):
     assert lower(*cell).count("stablehlo.custom_call @mosaic_gpu_v2") == 2  # the kernel and the combine
 
 
+def test_vmapped_decode_stays_on_the_kernel():
+    """Two batches of one token a sequence are one of twice as many."""
+    q, cache, batch, _ = abstract(*LOWERED[0])
+    twice = jax.tree.map(lambda x: S((2, *x.shape), x.dtype), (q, batch))
+    step = jax.vmap(lambda q, batch, cache: pa.paged_attention(q, cache, batch, backend="mosaic"), (0, 0, None))
+    text = jax.jit(step).trace(*twice, cache).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 2
+    assert "stablehlo.while" not in text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS, ids=lambda c: "-".join(map(str, c)))
 def test_every_cell_lowers(cell):

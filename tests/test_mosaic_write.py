@@ -1,5 +1,7 @@
 """The Hopper cache writer: what it refuses, that it lowers, and that it writes the reference's own bytes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from test_golden import test_write_kv as golden_write
 
 import pallas_attn as pa
 from pallas_attn.core.caches import abstract_cache
-from pallas_attn.ops.kv_cache import mosaic
+from pallas_attn.ops.kv_cache import mosaic, reference
 from pallas_attn.ops.kv_cache.problem import prepare
 
 S = jax.ShapeDtypeStruct
@@ -20,8 +22,8 @@ LISTS = (
     [f for f, (_, granularity) in FORMATS.items() if granularity != "seq_head"],
     ("NHD", "HND", "INTERLEAVED", "PACKED"),
     (1, 16, 64),  # page size
-    ((64, 64), (128, 128), (256, 256), (192, 128), (32, 32)),
-    (1, 2, 8, 12, 128),  # kv heads
+    ((64, 64), (128, 128), (256, 256), (192, 128), (32, 32), (80, 80)),
+    (1, 2, 8, 12, 37, 128),  # kv heads
     list(DTYPES),
     (3, 70, 700),  # tokens
 )
@@ -96,6 +98,7 @@ INTERPRETED = [
     ("INT8_TOKEN_HEAD", "HND", 16, (128, 128), 4, "f32", 4),
     ("E5M2_HEAD", "PACKED", 1, (64, 64), 3, "f16", 5),
     ("BF16", "INTERLEAVED", 16, (64, 64), 2, "f32", 5),
+    ("E4M3_TOKEN_HEAD", "NHD", 16, (80, 48), 35, "bf16", 3),  # heads in two shares, of which one is in both
 ]
 
 
@@ -103,6 +106,26 @@ INTERPRETED = [
 def test_interpreted(cell, rng, monkeypatch):
     monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
     check(rng, interpreted, *cell)
+
+
+def one_of_many(format, slots):
+    """What the kernel and the definition write of three tokens of random numbers."""
+    cache = pa.PagedKVCache.allocate(4, 16, 2, 64, format=format)
+    k = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 64)), jnp.float32)
+    p, args = prepare(cache, k, k, slots)
+    for got, want in zip(mosaic.run(p, *args), reference.run(p, *args), strict=True):
+        np.testing.assert_array_equal(np.asarray(got).view(np.uint8), np.asarray(want).view(np.uint8))
+
+
+def test_scales_that_are_powers_of_two(monkeypatch):
+    monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
+    one_of_many(dataclasses.replace(pa.E4M3_TOKEN_HEAD, name="E4M3_UE8M0", ue8m0=True), jnp.array([5, -1, 7]))
+
+
+def test_wide_slots_do_not_wrap_into_the_cache(monkeypatch):
+    monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
+    with jax.enable_x64(True):
+        one_of_many(pa.E4M3_TOKEN_HEAD, jnp.array([2**32 + 5, 6, -(2**32) + 7], jnp.int64))
 
 
 def lower(*cell):
@@ -125,8 +148,9 @@ def test_every_cell_lowers(cell):
 
 REFUSED = {
     "shuffle": (("E4M3_TENSOR", "SHUFFLE", 16, (128, 128), 2, "bf16", 4), "no SHUFFLE layout"),
-    "dim": (("E4M3_TENSOR", "NHD", 16, (80, 80), 2, "bf16", 4), "no head dims (80, 80)"),
-    "heads": (("E4M3_TENSOR", "NHD", 16, (128, 128), 37, "bf16", 4), "no 37 kv heads"),
+    "odd dim": (("E4M3_TENSOR", "NHD", 16, (72, 72), 2, "bf16", 4), "no head dims (72, 72)"),
+    "wide dim": (("E4M3_TENSOR", "NHD", 16, (320, 320), 2, "bf16", 4), "no head dims (320, 320)"),
+    "no token": (("E4M3_TENSOR", "NHD", 16, (128, 128), 2, "bf16", 0), "an empty call"),
 }
 
 

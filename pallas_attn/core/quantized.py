@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -87,8 +88,13 @@ def find_scale(x: Array, format: Format) -> Array:
             amax = jnp.max(x, axis=-1)
         case _:
             amax = jnp.max(x.reshape(*scale_shape(format, x.shape), format.group), axis=-1)
-    amax, qmax = jnp.maximum(amax, format.amax_floor), jnp.float32(format.qmax)
-    scale = amax * (1 / qmax) if format.find_scale == "reciprocal" else _divide(amax, qmax)
+    return scale_of(amax, format, _divide)
+
+
+def scale_of(amax: Array, format: Format, divide: Callable) -> Array:
+    """The scale for float32 largest magnitudes. Kernels call it too, with a division that is IEEE's there."""
+    amax, qmax = jnp.maximum(amax, format.amax_floor), np.float32(format.qmax)
+    scale = amax * (1 / qmax) if format.find_scale == "reciprocal" else divide(amax, qmax)
     scale = jnp.maximum(scale, format.scale_floor)
     return _round_up_to_power_of_two(scale) if format.ue8m0 else scale
 
@@ -105,14 +111,21 @@ def _round_up_to_power_of_two(x: Array) -> Array:
 
 
 def to_storage(x: Array, scale: Array, format: Format) -> Array:
-    """Float `x` over a broadcastable scale, rounded and clamped into `format.dtype`; NaN stays NaN in FP8.
-
-    XLA's own float32 -> FP8 conversion does not saturate, so the clamp comes first.
-    """
+    """Float `x` over a broadcastable scale, rounded and clamped into `format.dtype`; NaN stays NaN in FP8."""
     x = x.astype(jnp.float32)
     y = x * (1.0 / scale) if format.apply_scale == "reciprocal" else _divide(x, scale)
+    return to_codes(y, format)
+
+
+def to_codes(y: Array, format: Format) -> Array:
+    """`x / scale` rounded and clamped into `format.dtype`; kernels call it too.
+
+    XLA's own float32 -> FP8 conversion does not saturate, so the clamp comes first; the one to integers cuts towards 0.
+    """
     if format.rounding == "half_away":
-        y = jnp.trunc(jnp.clip(y + jnp.where(y >= 0, 0.5, -0.5), format.qmin, format.qmax))
+        # The first clip changes no result: it keeps product and sum from becoming one operation with one rounding.
+        y = jnp.clip(y, format.qmin - 1, format.qmax + 1)
+        y = y + jnp.where(y >= 0, 0.5, -0.5)
     return jnp.clip(y, format.qmin, format.qmax).astype(format.dtype)
 
 

@@ -6,15 +6,17 @@ for wherever its slot lies; a token without a slot leaves nothing.
 """
 
 import functools
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_attn.core.formats import Format
+from pallas_attn.core.quantized import scale_of, to_codes
 from pallas_attn.ops.kv_cache.problem import Args, Problem
 from pallas_attn.runtime.mosaic import SMS, row_layout
 
@@ -28,18 +30,20 @@ def supports(p: Problem) -> str | None:
     dims = (p.head_dim, p.v_head_dim)
     refusals = {
         f"no {p.layout} layout": p.layout.blocked,
-        f"no head dims {dims}": any(d % 64 and d not in (16, 32) for d in dims) or max(dims) > 256,
-        f"no {p.kv_heads} kv heads": _heads(p) < min(p.kv_heads, 8),
+        f"no head dims {dims}": any(d % 16 for d in dims) or max(dims) > 256,
         f"no {p.format} cache": p.format.granularity == "group",
         "an empty call": not p.tokens,
     }
     return next((reason for reason, refused in refusals.items() if refused), None)
 
 
+def _most_rows(p: Problem) -> int:
+    return MOST_ROWS * 128 // max(p.head_dim, p.v_head_dim, 128)
+
+
 def _heads(p: Problem) -> int:
-    """Heads of one CTA: all of a token's, or the largest divisor of them that fits."""
-    most = MOST_ROWS * 128 // max(p.head_dim, p.v_head_dim, 128)
-    return max(d for d in range(1, min(p.kv_heads, most) + 1) if p.kv_heads % d == 0)
+    """Heads of one CTA: all of a token's, or even shares of them."""
+    return -(-p.kv_heads // -(-p.kv_heads // _most_rows(p)))
 
 
 def _tokens(p: Problem) -> int:
@@ -48,7 +52,7 @@ def _tokens(p: Problem) -> int:
     bytes_of = [heads * d * p.format.dtype.itemsize for d in (p.head_dim, p.v_head_dim)]
     if heads < p.kv_heads or any(b % ALIGNED for b in bytes_of) or p.tokens <= 4 * SMS:
         return 1
-    return max(MOST_ROWS * 128 // max(p.head_dim, p.v_head_dim, 128) // heads, 1)
+    return max(_most_rows(p) // heads, 1)
 
 
 def run(p: Problem, *arrays):
@@ -59,7 +63,7 @@ def run(p: Problem, *arrays):
     shapes = [x.shape for x in cache.buffers]
     # Rows of [key, value] as one head's: [N, S, K, 2 D].
     views = [x.reshape(*x.shape[:2], p.kv_heads, -1) if p.layout.name == "INTERLEAVED" else x for x in cache.buffers]
-    scales = [] if cache.scales is None else [jnp.atleast_1d(s) for s in cache.scales]
+    scales = [] if cache.scales is None else [s if s.ndim else s.reshape(1) for s in cache.scales]
     written = [*views, *(scales if per_token else [])]
     given = [] if per_token else scales
     rows = [x.reshape(-1, x.shape[-1]) for x in (k, v)]
@@ -67,7 +71,9 @@ def run(p: Problem, *arrays):
     scratch = [plgpu.SMEM((height, x.shape[-1]), x.dtype) for x in rows]
     scratch += [plgpu.SMEM((height, x.shape[-1]), p.format.dtype) for x in rows]
     scratch += [plgpu.SMEM((2, height), jnp.float32), plgpu.Barrier(num_arrivals=2)]
-    inputs = (*rows, slots.astype(jnp.int32), *given)
+    if slots.dtype != jnp.int32:  # bounded before it is cut
+        slots = jnp.clip(slots, -1, p.pages * p.page_size).astype(jnp.int32)
+    inputs = (*rows, slots, *given)
 
     # References make what comes in and what goes out one and the same memory.
     memory = [jax.new_ref(x) for x in written]
@@ -77,7 +83,7 @@ def run(p: Problem, *arrays):
         _write(p, heads, tokens, ins[:2], ins[2], ins[3:], outs, own)
 
     plgpu.kernel(
-        write_kv, out_type=(), grid=(-(-p.tokens // tokens), p.kv_heads // heads), grid_names=("tokens", "heads"),
+        write_kv, out_type=(), grid=(-(-p.tokens // tokens), -(-p.kv_heads // heads)), grid_names=("tokens", "heads"),
         scratch_types=scratch, interpret=INTERPRET,
     )(*inputs, *memory)  # fmt: skip
     out = [jax.freeze(x) for x in memory]
@@ -87,7 +93,9 @@ def run(p: Problem, *arrays):
 
 def _write(p: Problem, heads: int, tokens: int, rows, slots, given, written, scratch) -> None:
     raw, codes, (row_scale, ready) = scratch[:2], scratch[2:4], scratch[4:]
-    first, head = lax.axis_index("tokens") * tokens, lax.axis_index("heads") * heads
+    first = lax.axis_index("tokens") * tokens
+    # The last share begins early enough to be whole: heads of two shares are written alike by both.
+    head = jnp.minimum(lax.axis_index("heads") * heads, p.kv_heads - heads)
     count = heads * tokens
     for x, tile in zip(rows, raw, strict=True):
         part = pl.ds(first * p.kv_heads + head, count)
@@ -107,43 +115,24 @@ def _write(p: Problem, heads: int, tokens: int, rows, slots, given, written, scr
 def _quantise(p: Problem, heads: int, tokens: int, head, raw, codes, given, row_scale) -> None:
     """One tile of rows as the format stores it; scales that are found stay in `row_scale`."""
     format, (height, dim) = p.format, raw.shape
-    layout = row_layout(dim)
+    layout, by_reciprocal = row_layout(dim & -dim), format.apply_scale == "reciprocal"
     x = plgpu.load(raw, layout=layout, optimized=False).astype(jnp.float32)
     if not format.quantized:
         codes[...] = x.astype(format.dtype)
         return
     if format.granularity == "tensor":
         scale = given[0][0]
-        codes[...] = _store(x, scale, 1.0 / scale, format)
+        codes[...] = to_codes(x * (1.0 / scale) if by_reciprocal else x / scale, format)
         return
     if format.granularity == "token_head":
-        row_scale[...] = _find(jnp.max(jnp.abs(x), axis=1), format)
+        row_scale[...] = scale_of(jnp.max(jnp.abs(x), axis=1), format, operator.truediv)
     else:
         for row in range(height):
             row_scale[row] = given[0][head + row % heads]
     plgpu.commit_smem()
     scale = plgpu.load(row_scale, layout=layout.reduce(1), optimized=False)
     over = lambda s: lax.broadcast_in_dim(s, (height, dim), [0])  # noqa: E731
-    codes[...] = _store(x, over(scale), over(1.0 / scale), format)
-
-
-def _find(amax, format: Format):
-    """`quantized.find_scale` of largest magnitudes."""
-    amax = jnp.maximum(amax, format.amax_floor)
-    scale = (
-        amax * jnp.float32(1 / jnp.float32(format.qmax)) if format.find_scale == "reciprocal" else amax / format.qmax
-    )
-    return jnp.maximum(scale, format.scale_floor)
-
-
-def _store(x, scale, inverse, format: Format):
-    """`quantized.to_storage`; the conversion to integers cuts towards zero."""
-    y = x * inverse if format.apply_scale == "reciprocal" else x / scale
-    if format.rounding == "half_away":
-        # The first clip changes no result: it keeps product and sum from becoming one operation with one rounding.
-        y = jnp.clip(y, format.qmin - 1, format.qmax + 1)
-        y = y + jnp.where(y >= 0, 0.5, -0.5)
-    return jnp.clip(y, format.qmin, format.qmax).astype(format.dtype)
+    codes[...] = to_codes(x * over(1.0 / scale) if by_reciprocal else x / over(scale), format)
 
 
 def _put(p: Problem, heads: int, i: int, head, slot, codes, row_scale, written) -> None:

@@ -44,6 +44,8 @@ def fold(p: Problem, args: Args, mapped: Args, n: int, backend: str | None) -> l
     )  # fmt: skip
     from pallas_attn.ops.paged_attention import OP
 
+    # Only the sequences of padding may have more tokens than the bound, and nothing of theirs is kept.
+    problem = dataclasses.replace(problem, max_q_len=p.max_q_len)
     outs = apply(OP, problem, new, backend)
     live = jax.vmap(lambda b: b.tokens(p.tokens)[2])(batch).reshape(-1)
     fills = (0.0, -jnp.inf)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from pallas_attn.core.batch import TILE
 from pallas_attn.core.formats import E4M3, E5M2, INT8
 from pallas_attn.ops.paged_attention.problem import Problem
-from pallas_attn.runtime.mosaic import SHARED
+from pallas_attn.runtime.mosaic import SHARED, SMS
 
 FP8 = (E4M3, E5M2)
+FEW_TILES = 16  # of a whole step for each SM
 FAR_APART = 4.0  # factors of two, sequences and context together, beyond which a tuned entry says nothing
 
 
@@ -127,15 +128,18 @@ def candidates(p: Problem) -> Iterator[Config]:
 
 def heuristic(p: Problem) -> Config:
     """The configuration where no table knows better."""
-    size = p.head_dim * p.kv_format.dtype.itemsize
-    heads = 2 if pairs(p) and size == 128 else 1
-    rows = form_of(p, Config(heads)).rows * heads
-    # Registers: 128 of a thread let four CTAs share an SM, 168 three, 255 two. Fewer CTAs leave room for a third tile.
-    ctas = 4 if rows <= 8 else 2
-    config = Config(heads, 2 if ctas == 4 or heads == 2 else 3)
-    if shared_bytes(p, config) * 2 > SHARED:
-        config = Config(heads, 2)
-    return dataclasses.replace(config, ctas=max(1, min(ctas, SHARED // shared_bytes(p, config))))
+    rows = form_of(p, Config()).rows
+    tiles = p.seqs * -(-p.pages_per_seq * p.page_size // TILE)
+    if tiles * form_of(p, Config()).columns < FEW_TILES * SMS:
+        wanted = Config(1, 3, 2)  # little to do: latency counts, and fewer workers each begin and end once
+    elif pairs(p) and p.head_dim * p.kv_format.dtype.itemsize == 128:
+        wanted = Config(2, 2, 2)
+    else:
+        # Registers: 128 of a thread let four CTAs share an SM, 168 three, 255 two, which leaves room for a third tile.
+        wanted = Config(1, 2, 4) if rows <= 8 else Config(1, 3, 2)
+    if wanted.ctas * shared_bytes(p, wanted) > SHARED:
+        wanted = dataclasses.replace(wanted, stages=2)
+    return dataclasses.replace(wanted, ctas=max(1, min(wanted.ctas, SHARED // shared_bytes(p, wanted))))
 
 
 def shared_bytes(p: Problem, config: Config) -> int:

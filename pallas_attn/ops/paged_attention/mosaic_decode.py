@@ -102,7 +102,8 @@ def _stored_scale(p: Problem, args: Args, side: int) -> jax.Array:
     """The scale of keys or values as the cache has it, at least [1]."""
     if args.cache.scales is None:
         return jnp.ones(1)
-    return jnp.atleast_1d(args.cache.scales[side])
+    scale = args.cache.scales[side]
+    return scale if scale.ndim else scale.reshape(1)
 
 
 def _flat(p: Problem, buffers: tuple, config: Config) -> tuple:
