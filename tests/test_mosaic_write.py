@@ -126,6 +126,7 @@ def test_wide_slots_do_not_wrap_into_the_cache(monkeypatch):
     monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
     with jax.enable_x64(True):
         one_of_many(pa.E4M3_TOKEN_HEAD, jnp.array([2**32 + 5, 6, -(2**32) + 7], jnp.int64))
+    one_of_many(pa.E4M3_TOKEN_HEAD, jnp.array([2**32 - 1, 6, 2**31 + 7], jnp.uint32))
 
 
 def lower(*cell):

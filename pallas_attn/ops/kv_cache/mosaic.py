@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -71,9 +70,10 @@ def run(p: Problem, *arrays):
     scratch = [plgpu.SMEM((height, x.shape[-1]), x.dtype) for x in rows]
     scratch += [plgpu.SMEM((height, x.shape[-1]), p.format.dtype) for x in rows]
     scratch += [plgpu.SMEM((2, height), jnp.float32), plgpu.Barrier(num_arrivals=2)]
-    if slots.dtype != jnp.int32:  # bounded before it is cut
-        slots = jnp.clip(slots, -1, p.pages * p.page_size).astype(jnp.int32)
-    inputs = (*rows, slots, *given)
+    if slots.dtype.itemsize > 4:  # 64 bits: nothing may wrap into the cache
+        end = p.pages * p.page_size
+        slots = jnp.where((slots >= 0) & (slots < end), slots, end)
+    inputs = (*rows, slots.astype(jnp.int32), *given)
 
     # References make what comes in and what goes out one and the same memory.
     memory = [jax.new_ref(x) for x in written]
