@@ -99,7 +99,7 @@ def scale_of(amax: Array, format: Format, divide: Callable) -> Array:
     return _round_up_to_power_of_two(scale) if format.ue8m0 else scale
 
 
-def _divide(x: Array, y: Array) -> Array:
+def _divide(x: Array, y: Array | np.float32) -> Array:
     """x / y as IEEE has it: XLA would multiply by the reciprocal of a broadcast y, which is not the same float32."""
     return x / lax.optimization_barrier(jnp.broadcast_to(y, x.shape))
 
