@@ -1,15 +1,20 @@
-"""`python -m bench list | run | plot | tune`: the benchmark of paged attention."""
+"""`python -m bench list | run | plot | tune`: the benchmark of paged attention and cache writes."""
 
 import argparse
 import dataclasses
 import fnmatch
 from pathlib import Path
+from typing import Any
 
 import jax
 from tabulate import tabulate
 
-from bench import record, timing
-from bench.cases import Case, all_cases, arguments, operation, relative_error
+import pallas_attn as pa
+from bench import cases, layers, record, side, timing, writes
+from bench.cases import Case
+from bench.writes import WriteCase
+
+KINDS = {"decode": cases, "prefill": cases, "layers": layers, "write": writes}  # by `case.op`
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -18,12 +23,13 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("list", "name the cases"), ("run", "measure cases, add to bench/results")):
         command = commands.add_parser(name, help=text)
-        command.add_argument("--op", choices=("decode", "prefill"), help="only this kind")
+        command.add_argument("--op", choices=tuple(KINDS), help="only this kind")
         command.add_argument("--case", default="*", help="a name or a pattern such as 'dec_*_qfp8'")
         command.add_argument("--layout", choices=("NHD", "HND"), help="only this layout")
     command.add_argument("--backend", help="default: the best that supports the case")
     command.add_argument("--repeat", type=int, default=11)
     command.add_argument("--no-schedule", action="store_true", help="time the call that computes its own schedule")
+    command.add_argument("--peers", action="store_true", help="run other libraries' kernels beside decode cases")
     command.add_argument("--results", type=Path, default=record.RESULTS)
     picture = commands.add_parser("plot", help="draw a results file")
     picture.add_argument("file", type=Path)
@@ -35,15 +41,15 @@ def main(argv: list[str] | None = None) -> None:
     {"list": show, "run": run, "plot": draw, "tune": search_configs}[args.command](args)
 
 
-def chosen(args: argparse.Namespace) -> list[Case]:
+def chosen(args: argparse.Namespace) -> list[Case | WriteCase]:
     """The cases that the options select."""
-    cases = [
-        c for c in all_cases().values()
+    found = [
+        c for c in (*cases.all_cases().values(), *writes.all_cases().values())
         if fnmatch.fnmatch(c.name, args.case) and args.op in (None, c.op) and args.layout in (None, c.layout.name)
     ]  # fmt: skip
-    if not cases:
+    if not found:
         raise SystemExit(f"no case is called {args.case}: see `python -m bench list`")
-    return cases
+    return found
 
 
 def show(args: argparse.Namespace) -> None:
@@ -64,22 +70,31 @@ def run(args: argparse.Namespace) -> None:
         print(measured if isinstance(measured, str) else measured.line(), flush=True)
         if not small and not args.no_schedule and not isinstance(measured, str):
             record.append(measured, args.results)
+        if args.peers and isinstance(case, Case) and case.op == "decode":
+            for peer in side.run_all(case, cases.arguments(case), args.repeat):
+                print(peer.line(), flush=True)
 
 
-def one(case: Case, backend: str | None, repeat: int, scheduled: bool = True) -> record.Result | str:
-    """Check and time one case; or say why the backend refuses it."""
-    from pallas_attn import explain, paged_attention
+def one(case: Case | WriteCase, backend: str | None, repeat: int, scheduled: bool = True) -> record.Result | str:
+    """Check and time one case; or say why a backend refuses it.
 
-    args = arguments(case)
+    The batch comes with its schedule, as in a serving step: computed once for all layers, outside of what is timed.
+    `scheduled=False` times the call that computes its own.
+    """
+    kind: Any = KINDS[case.op]
+    args = kind.arguments(case)
     if not scheduled:
-        args = (*args[:2], dataclasses.replace(args[2], schedule=None))
-    answers = explain(paged_attention, *args, backend=backend)
-    name = next((name for name, answer in answers.items() if answer == "chosen"), None)
-    if name is None:
-        return f"{case.name:40s} {backend} refuses: {answers.get(backend or '', 'there is no such backend')}"
-    op = operation(backend)
-    error = relative_error(case, args, jax.jit(op)(*args))
-    return record.result(case, name, timing.measure(op, *args, repeat=repeat), error)
+        args = tuple(dataclasses.replace(x, schedule=None) if isinstance(x, pa.RaggedBatch) else x for x in args)
+    names = []
+    for op, given in kind.calls(case, args):
+        answers = pa.explain(op, *given, backend=backend)
+        name = next((name for name, answer in answers.items() if answer == "chosen"), None)
+        if name is None:
+            return f"{case.name:40s} {backend} refuses: {answers.get(backend or '', 'there is no such backend')}"
+        names.append(name)
+    error, args = kind.check(case, args, backend)
+    timed = timing.measure(kind.operation(case, backend), *args, repeat=repeat, carry=getattr(kind, "CARRY", False))
+    return record.result(case, "+".join(dict.fromkeys(names)), timed, error)
 
 
 def draw(args: argparse.Namespace) -> None:

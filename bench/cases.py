@@ -23,7 +23,7 @@ class Case:
     """One shape of paged attention: sequences of (query tokens, cached tokens), heads, and how it is stored."""
 
     name: str
-    op: str  # "decode" or "prefill"
+    op: str  # "decode", "prefill", or "layers": a whole step of decode, see bench/layers.py
     seqs: tuple[tuple[int, int], ...]
     q_heads: int
     kv_heads: int
@@ -32,6 +32,7 @@ class Case:
     fp8_query: bool
     layout: pa.Layout = pa.NHD
     peers_us: tuple[tuple[str, float], ...] = ()
+    layers: int = 1
 
     @property
     def tokens(self) -> int:
@@ -40,17 +41,19 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """The fewest bytes to move: queries, cached keys and values once, page table, output."""
+        """The fewest bytes to move: queries, cached keys and values once, page table, output; in a whole step for each
+        layer, and its new keys and values read and written."""
         row = self.q_heads * self.head_dim
         kv = sum(kv for _, kv in self.seqs) * self.kv_heads * self.head_dim * 2
         pages = sum(-(-kv // self.page_size) for _, kv in self.seqs)
-        return self.tokens * row * (3 if self.fp8_query else 4) + kv + 4 * pages
+        new = self.tokens * self.kv_heads * self.head_dim * 2 * 3 if self.op == "layers" else 0
+        return self.layers * (self.tokens * row * (3 if self.fp8_query else 4) + kv + 4 * pages + new)
 
     @property
     def flops(self) -> int:
         """Multiply-adds of both products over the visible pairs, times two."""
         pairs = sum(q * kv - q * (q - 1) // 2 for q, kv in self.seqs)
-        return 4 * self.q_heads * self.head_dim * pairs
+        return self.layers * 4 * self.q_heads * self.head_dim * pairs
 
     @property
     def floor_us(self) -> float:
@@ -65,7 +68,8 @@ class Case:
     def small(self) -> "Case":
         """The same kind of problem at a size for a CPU; without peers."""
         seqs = tuple((min(q, 32), max(min(kv, 256), min(q, 32))) for q, kv in self.seqs[:2])
-        return dataclasses.replace(self, name=f"{self.name}_small", seqs=seqs, peers_us=())
+        layers = min(self.layers, 2)
+        return dataclasses.replace(self, name=f"{self.name}_small", seqs=seqs, peers_us=(), layers=layers)
 
 
 def _from_table(row: dict[str, Any]) -> Case:
@@ -83,11 +87,15 @@ def _ragged() -> Case:
     return Case("dec_l8_b64_ragged8192_p64_qbf16", "decode", seqs, 32, 8, 128, 64, fp8_query=False)
 
 
+def _layers() -> Case:
+    return Case("layers32_l8_b32_c8192", "layers", ((1, 8192),) * 32, 32, 8, 128, 64, fp8_query=False, layers=32)
+
+
 @functools.cache
 def all_cases() -> dict[str, Case]:
     """Every case of attention by name, each also in HND with the suffix `_hnd` (the peers' times are for NHD)."""
     rows = json.loads(PEERS.read_text())["cases"]
-    cases = [*(_from_table(r) for r in rows if r["op"] in ("decode", "prefill")), _ragged()]
+    cases = [*(_from_table(r) for r in rows if r["op"] in ("decode", "prefill")), _ragged(), _layers()]
     hnd = [dataclasses.replace(c, name=f"{c.name}_hnd", layout=pa.HND) for c in cases]
     return {c.name: c for c in (*cases, *hnd)}
 
@@ -103,7 +111,7 @@ def arguments(case: Case, seed: int = 0) -> tuple[Any, pa.PagedKVCache, pa.Ragge
         table[row, :count] = order[end - count : end]
     keys = jax.random.split(jax.random.key(seed), 3)
     cache = pa.PagedKVCache.allocate(
-        sum(owned), case.page_size, case.kv_heads, case.head_dim,
+        case.layers * sum(owned), case.page_size, case.kv_heads, case.head_dim,
         format=pa.E4M3_TENSOR, layout=case.layout, k_scale=K_SCALE, v_scale=V_SCALE,
     )  # fmt: skip
     cache = cache.replace(tuple(_random_fp8(k, x.shape) for k, x in zip(keys, cache.buffers, strict=False)))
@@ -141,6 +149,16 @@ def relative_error(case: Case, args: tuple, out: jax.Array, most: int = 4) -> fl
     return float(np.linalg.norm(np.asarray(out[picks], np.float64) - want) / np.linalg.norm(want))
 
 
-def operation(backend: str | None) -> Callable[..., jax.Array]:
+def operation(case: Case, backend: str | None) -> Callable[..., jax.Array]:
     """The timed function of (q, cache, batch)."""
     return lambda q, cache, batch: pa.paged_attention(q, cache, batch, backend=backend)  # type: ignore[return-value]
+
+
+def calls(case: Case, args: tuple) -> list[tuple[Callable, tuple]]:
+    """The ops that the operation calls, with their arguments: what `pa.explain` is asked."""
+    return [(pa.paged_attention, args)]
+
+
+def check(case: Case, args: tuple, backend: str | None) -> tuple[float, tuple]:
+    """(relative error, the arguments to go on with)."""
+    return relative_error(case, args, jax.jit(operation(case, backend))(*args)), args

@@ -12,6 +12,7 @@ import matplotlib
 
 from bench.cases import Case
 from bench.timing import Timing
+from bench.writes import WriteCase
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -22,7 +23,8 @@ RESULTS, OUT = HERE / "results", HERE / "out"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One measured case. Times in microseconds; rel_err is relative L2 to float32 on the stored values."""
+    """One measured case. Times in microseconds; rel_err is relative L2 to float32 on the stored values (of a write: of
+    the stored codes to the portable ones); outside_us is the time of kernels that are not the library's."""
 
     case: str
     backend: str
@@ -40,18 +42,21 @@ class Result:
     jax: str
     commit: str
     date: str
+    outside_us: float | None = None
 
     def line(self) -> str:
         """For people."""
         peer = f"{self.best_peer_us / self.us:5.2f} x best peer" if self.best_peer_us else "no peer"
         inside = f"kernels {self.kernel_sum_us:9.1f} us in {self.launches}" if self.kernel_sum_us is not None else ""
+        if self.outside_us is not None and self.kernel_sum_us:
+            inside += f", {self.outside_us / self.kernel_sum_us:.1%} of it outside of the library's"
         return (
             f"{self.case:40s} {self.backend:9s} {self.us:10.1f} us  {self.gbps:7.0f} GB/s {self.tflops:7.1f} TFLOP/s  "
             f"{self.frac_of_floor:6.3f} of floor  {peer}  error {self.rel_err:.1e}  {inside}"
         )
 
 
-def result(case: Case, backend: str, timing: Timing, rel_err: float) -> Result:
+def result(case: Case | WriteCase, backend: str, timing: Timing, rel_err: float) -> Result:
     """What one measurement says of a case. The floor is that of an H100, wherever it ran."""
     peer = case.best_peer
     return Result(
@@ -60,6 +65,7 @@ def result(case: Case, backend: str, timing: Timing, rel_err: float) -> Result:
         round(case.floor_us / timing.us, 4), round(case.bytes / timing.us / 1e3, 1),
         round(case.flops / timing.us / 1e6, 2), float(f"{rel_err:.3g}"), peer[1] if peer else None,
         timing.launches, jax.__version__, commit(), datetime.date.today().isoformat(),
+        None if timing.outside_us is None else round(timing.outside_us, 2),
     )  # fmt: skip
 
 

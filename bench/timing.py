@@ -14,11 +14,13 @@ FLUSH_BYTES = 256 << 20  # five times the L2 of an H100
 
 
 class Timing(NamedTuple):
-    """Medians over the calls: span from first start to last end, sum of the kernels alone, kernels of one call."""
+    """Medians over the calls: span from first start to last end, sum of the kernels alone, kernels of one call, and the
+    sum of those that are not Mosaic kernels (None where none is)."""
 
     us: float
     kernel_sum_us: float | None
     launches: int | None
+    outside_us: float | None = None
 
 
 class Kernel(NamedTuple):
@@ -27,34 +29,50 @@ class Kernel(NamedTuple):
     start: float
     end: float
     flush: bool
+    mosaic: bool = False
 
 
-def measure(fn: Callable, *args, repeat: int = 11) -> Timing:
-    """The time of one call of `fn`, jitted here unless compiled already, after warming up; on a CPU by the host's
-    clock."""
-    op = fn if isinstance(fn, jax.stages.Compiled) else jax.jit(fn)
+def measure(fn: Callable, *args, repeat: int = 11, carry: bool = False) -> Timing:
+    """The time of one call of `fn`, jitted here unless compiled already.
+
+    carry: the first argument is donated, and what `fn` returns first takes its place in the next call: a cache that is
+      updated in place.
+    """
+    op = fn if isinstance(fn, jax.stages.Compiled) else jax.jit(fn, donate_argnums=0 if carry else ())
+    now = list(args)
+
+    def call() -> None:
+        out = jax.block_until_ready(op(*now))
+        if carry:
+            now[0] = out[0]
+
+    return measure_call(call, repeat)
+
+
+def measure_call(call: Callable[[], object], repeat: int = 11) -> Timing:
+    """The time of `call`, which returns when its work is done, after warming up; on a CPU by the host's clock."""
     for _ in range(3):
-        jax.block_until_ready(op(*args))
-    return _on_gpu(op, args, repeat) if jax.default_backend() == "gpu" else _on_cpu(op, args, repeat)
+        call()
+    return _on_gpu(call, repeat) if jax.default_backend() == "gpu" else _on_cpu(call, repeat)
 
 
-def _on_cpu(op: Callable, args: tuple, repeat: int) -> Timing:
+def _on_cpu(call: Callable[[], object], repeat: int) -> Timing:
     times = []
     for _ in range(repeat):
         start = time.perf_counter()
-        jax.block_until_ready(op(*args))
+        call()
         times.append(1e6 * (time.perf_counter() - start))
     return Timing(statistics.median(times), None, None)
 
 
-def _on_gpu(op: Callable, args: tuple, repeat: int) -> Timing:
+def _on_gpu(call: Callable[[], object], repeat: int) -> Timing:
     flush, junk = jax.jit(flush_l2), jnp.ones(FLUSH_BYTES // 4, jnp.float32)
     jax.block_until_ready(flush(junk))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(repeat):
                 jax.block_until_ready(flush(junk))
-                jax.block_until_ready(op(*args))
+                call()
         (trace,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(trace))
         calls = split(kernels(data))
@@ -80,7 +98,8 @@ def kernels(data: Any) -> list[Kernel]:
                 continue
             for event in line.events:
                 module = str(dict(event.stats).get("hlo_module", ""))
-                found.append(Kernel(event.start_ns, event.start_ns + event.duration_ns, "flush_l2" in module))
+                end = event.start_ns + event.duration_ns
+                found.append(Kernel(event.start_ns, end, "flush_l2" in module, "mosaic" in event.name))
     return sorted(found)
 
 
@@ -103,4 +122,9 @@ def summarize(calls: list[list[Kernel]]) -> Timing:
     """Medians over the calls, in microseconds."""
     spans = [(max(k.end for k in call) - call[0].start) / 1e3 for call in calls]
     sums = [sum(k.end - k.start for k in call) / 1e3 for call in calls]
-    return Timing(statistics.median(spans), statistics.median(sums), int(statistics.median(map(len, calls))))
+    outside = [sum(k.end - k.start for k in call if not k.mosaic) / 1e3 for call in calls]
+    any_mosaic = any(k.mosaic for call in calls for k in call)
+    return Timing(
+        statistics.median(spans), statistics.median(sums), int(statistics.median(map(len, calls))),
+        statistics.median(outside) if any_mosaic else None,
+    )  # fmt: skip

@@ -1,12 +1,14 @@
 """The benchmark: cases agree with the peers' table, timelines are split at the flushes, results can be read again."""
 
 import json
+import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import cases, record, timing
+from bench import cases, layers, record, side, timing, writes
 from bench.timing import Kernel, Timing
 
 ROWS = [r for r in json.loads(cases.PEERS.read_text())["cases"] if r["op"] in ("decode", "prefill")]
@@ -31,6 +33,64 @@ def test_a_call_lasts_from_its_first_start_to_its_last_end():
     assert timing.summarize(calls[1:]) == Timing(us=0.1, kernel_sum_us=0.1, launches=1)
 
 
+def test_time_outside_of_the_kernels_is_told_apart():
+    call = [Kernel(0, 900, False, mosaic=True), Kernel(900, 1000, False), Kernel(1100, 1200, False)]
+    assert timing.summarize([call]) == Timing(us=1.2, kernel_sum_us=1.1, launches=3, outside_us=0.2)
+    line = record.result(STEP, "mosaic", Timing(us=1.2, kernel_sum_us=1.0, launches=3, outside_us=0.05), 1e-3).line()
+    assert "5.0% of it outside" in line
+
+
+def test_a_carried_argument_is_donated_and_replaced():
+    first = jnp.zeros(8)
+    timing.measure(lambda x, by: (x + by, by), first, jnp.ones(8), repeat=2, carry=True)
+    assert first.is_deleted()
+
+
+STEP = cases.all_cases()["layers32_l8_b32_c8192"]
+
+
+def test_a_step_has_the_bytes_of_its_layers():
+    layer = cases.all_cases()["dec_l8_b32_c8192_p64_qbf16"]
+    assert STEP.bytes == 32 * (layer.bytes + 32 * 8 * 128 * (4 + 2))
+    assert STEP.flops == 32 * layer.flops
+
+
+def test_a_whole_step_runs_and_is_right():
+    case = STEP.small()
+    args = layers.arguments(case)
+    assert args[0].num_pages == 2 * 2 * 4
+    error, (cache, *_) = layers.check(case, args, "xla")
+    assert 0 < error < 4e-3
+    assert not cache.buffers[0].is_deleted()
+
+
+def test_copies_of_the_cache_are_found():
+    program = """
+      %copy.1 = f8e4m3fn[16,64,8,128]{3,2,1,0} copy(%x)
+      %copy.2 = s32[32]{0} copy(%y)
+      ROOT %t = u8[1048576]{0} transpose(%z), dimensions={0}
+      %use = bf16[16,64,8,128]{3,2,1,0} fusion(%copy.1)"""
+    assert [line.split()[0] for line in layers.copies(program, 2**20)] == ["%copy.1", "ROOT"]
+
+
+def test_writes_run_and_are_exact():
+    case = writes.all_cases()["write_t8192_token_hnd"]
+    assert case.bytes == 2 * 8192 * 8 * (128 * (2 + 1) + 4) + 4 * 8192
+    assert isinstance(line := bench.one(case.small(), "xla", 1), record.Result)
+    assert (line.rel_err, line.best_peer_us, line.case) == (0, None, "write_t8192_token_hnd_small")
+
+
+def test_peers_run_beside_or_say_why_not(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    monkeypatch.setattr(side, "PEERS", {n: p for n, p in side.PEERS.items() if n.startswith(("flash", "XLA"))})
+    case = cases.all_cases()["dec_l8_b32_c1024_p64_qbf16_hnd"].small()
+    missing, gathered = side.run_all(case, cases.arguments(case), repeat=1)
+    assert "flashinfer decode" in missing.line()
+    assert "not here" in missing.line()
+    assert gathered.us > 0
+    assert 0 < gathered.rel_err < 1e-2
+
+
 def test_small_cases_run_and_are_right(capsys, tmp_path):
     bench.main(["run", "--case", "pre_l8_mixed_p64_qfp8", "--repeat", "1", "--results", str(tmp_path)])
     said = capsys.readouterr().out
@@ -42,7 +102,7 @@ def test_small_cases_run_and_are_right(capsys, tmp_path):
 def test_the_error_is_that_of_the_output():
     case = cases.all_cases()["dec_l8_b32_c1024_p64_qbf16"].small()
     args = cases.arguments(case)
-    out = cases.operation("xla")(*args)
+    out = cases.operation(case, "xla")(*args)
     assert 0 < cases.relative_error(case, args, out) < 4e-3
     assert cases.relative_error(case, args, 1.5 * out) == pytest.approx(0.5, abs=0.01)
 
@@ -62,7 +122,7 @@ def test_results_round_trip_and_draw(tmp_path):
 def test_list_names_every_case(capsys):
     bench.main(["list"])
     said = capsys.readouterr().out
-    assert all(name in said for name in cases.all_cases())
+    assert all(name in said for name in (*cases.all_cases(), *writes.all_cases()))
     with pytest.raises(SystemExit, match="no case is called nothing"):
         bench.main(["list", "--case", "nothing"])
 
