@@ -8,14 +8,11 @@ import subprocess
 from pathlib import Path
 
 import jax
-import matplotlib
+from matplotlib.figure import Figure
 
 from bench.cases import Case
 from bench.timing import Timing
 from bench.writes import WriteCase
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 RESULTS, OUT = HERE / "results", HERE / "out"
@@ -99,7 +96,8 @@ def plot(results: list[Result], path: Path) -> None:
     """Share of the floor's speed by case, the best peer's beside it."""
     results = sorted(results, key=lambda r: r.case, reverse=True)
     height = 0.3 * len(results) + 1.2
-    figure, axis = plt.subplots(figsize=(9, height), layout="constrained")
+    figure = Figure(figsize=(9, height), layout="constrained")  # no pyplot: notebooks import this module
+    axis = figure.subplots()
     rows = range(len(results))
     axis.barh(rows, [r.frac_of_floor for r in results], color="#2b7f5f", height=0.6, label="pallas_attn")
     peers = [(i, r.floor_us / r.best_peer_us) for i, r in enumerate(results) if r.best_peer_us]
@@ -111,4 +109,3 @@ def plot(results: list[Result], path: Path) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
