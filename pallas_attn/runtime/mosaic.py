@@ -1,9 +1,10 @@
-"""What Mosaic GPU kernels share: register layouts and how tiles lie in shared memory."""
+"""What Mosaic GPU kernels share: register layouts, how tiles lie in shared memory, and arithmetic with exact rounding."""
 
 import math
 
+import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic.gpu.fragmented_array import Tiling
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray, Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 Layout = plgpu.Layout
@@ -35,3 +36,18 @@ def token_layout(tokens: int):
     if tokens % 32:
         return Layout.TILED(Tiling(((tokens,), (1,))), (plgpu.Replicated(4),), (-2, plgpu.Replicated(32 // tokens)), -1)
     return Layout.TILED(Tiling(((32,), (1,))), (plgpu.Replicated(4),), (-2,), -1)
+
+
+def divide(x: jax.Array, y: jax.Array, layout, interpret: bool) -> jax.Array:
+    """x / y in float32, rounded once. The division sign is not that in a kernel: XLA sets a flag for all of its process
+    by which LLVM takes an approximate one."""
+    if interpret:
+        return x / y
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout, layout), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout)
+    )
+    def quotient(_, x, y):
+        return x._pointwise(FragmentedArray._lift_fast_instr("div.rn.f32"), y)
+
+    return quotient(x, y)

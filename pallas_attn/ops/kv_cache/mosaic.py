@@ -6,7 +6,6 @@ for wherever its slot lies; a token without a slot leaves nothing.
 """
 
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.quantized import scale_of, to_codes
 from pallas_attn.ops.kv_cache.problem import Args, Problem
-from pallas_attn.runtime.mosaic import SMS, row_layout
+from pallas_attn.runtime.mosaic import SMS, divide, row_layout
 
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernel on a CPU
 MOST_ROWS = 32  # of one CTA: its registers hold a tile of keys or of values
@@ -120,19 +119,22 @@ def _quantise(p: Problem, heads: int, tokens: int, head, raw, codes, given, row_
     if not format.quantized:
         codes[...] = x.astype(format.dtype)
         return
-    if format.granularity == "tensor":
-        scale = given[0][0]
-        codes[...] = to_codes(x * (1.0 / scale) if by_reciprocal else x / scale, format)
-        return
+    each = layout.reduce(1)
+    every = lambda c: plgpu.layout_cast(jnp.full((height,), c, jnp.float32), each)  # noqa: E731
+    over_rows = lambda s: lax.broadcast_in_dim(s, (height, dim), [0])  # noqa: E731
     if format.granularity == "token_head":
-        row_scale[...] = scale_of(jnp.max(jnp.abs(x), axis=1), format, operator.truediv)
+        amax = jnp.max(jnp.abs(x), axis=1)
+        row_scale[...] = scale_of(amax, format, lambda x, c: divide(x, every(c), each, bool(INTERPRET)))
     else:
         for row in range(height):
-            row_scale[row] = given[0][head + row % heads]
+            row_scale[row] = given[0][0 if format.granularity == "tensor" else head + row % heads]
     plgpu.commit_smem()
-    scale = plgpu.load(row_scale, layout=layout.reduce(1), optimized=False)
-    over = lambda s: lax.broadcast_in_dim(s, (height, dim), [0])  # noqa: E731
-    codes[...] = to_codes(x * over(1.0 / scale) if by_reciprocal else x / over(scale), format)
+    scale = plgpu.load(row_scale, layout=each, optimized=False)
+    if by_reciprocal:
+        y = x * over_rows(divide(every(1), scale, each, bool(INTERPRET)))
+    else:
+        y = divide(x, over_rows(scale), layout, bool(INTERPRET))
+    codes[...] = to_codes(y, format)
 
 
 def _put(p: Problem, heads: int, i: int, head, slot, codes, row_scale, written) -> None:
