@@ -12,6 +12,7 @@ ACC = plgpu.ACC  # type: ignore[attr-defined]  # public in fact, not in the type
 SMS = 132  # of an H100 SXM or an H200
 SHARED = 228 * 1024  # bytes of shared memory of one SM, of which the driver takes 1024 for each CTA
 LOG2E = math.log2(math.e)
+ROWS = 64  # of a warpgroup's product in the matrix unit
 OVER_ROWS = Layout.WGMMA.reduce(1)  # [64 n]: a value for each row of an accumulator
 OVER_COLUMNS = Layout.WGMMA.reduce(0)  # [8 n]: a value for each column of an accumulator
 

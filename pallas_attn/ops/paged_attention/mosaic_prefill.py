@@ -1,0 +1,187 @@
+"""Paged prefill on Hopper: any number of query tokens per sequence against pages of any format.
+
+A CTA takes a block of query tokens of one sequence, with all heads of a group as rows: two warpgroups of 64 rows each.
+A third brings tiles of keys and values by TMA and widens what the matrix unit cannot take as it is, while the two
+compute:
+
+    S = Q K^T                 FP8 x FP8; a wider query is the sum of two FP8 terms, which costs what f16 would
+    P = exp2(S - max)         float32, then f16, in registers
+    O = O alpha + P V         V widened to f16, which holds every FP8 and INT8 value exactly
+
+The product of one tile's weights runs while the next tile's logits become weights. INT8 keys are widened as well; bf16
+and f16 caches go to the matrix unit as they are. Tiles that no row of the block sees are not read.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_attn.core.formats import INT8
+from pallas_attn.core.quantized import Quantized
+from pallas_attn.ops.paged_attention.mosaic_config import FP8
+from pallas_attn.ops.paged_attention.mosaic_prefill_block import Block, Form, Inputs
+from pallas_attn.ops.paged_attention.problem import Args, Problem
+from pallas_attn.runtime.mosaic import ROWS, SHARED, swizzled
+
+CAN = {"non-causal", "per-sequence causal", "window", "soft cap", "sinks", "FP8 output", "LSE"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a tuner may choose.
+
+    tile: tokens of a step. keys, values, wide: tiles in flight of keys, of values, and of what is widened.
+    warpgroups: of 64 rows each that compute; three widen less for each row.
+    """
+
+    tile: int = 128
+    keys: int = 3
+    values: int = 2
+    wide: int = 2
+    warpgroups: int = 2
+
+
+def supports(p: Problem) -> str | None:
+    """None, or what of the problem this kernel cannot do."""
+    size = p.kv_format.dtype.itemsize
+    refusals = {
+        f"no {', '.join(sorted(set(p.options) - CAN))}": bool(set(p.options) - CAN),
+        f"no {p.kv_format} cache": p.kv_format.dtype not in (*FP8, INT8, jnp.bfloat16, jnp.float16),
+        f"no {p.layout} layout": p.layout.blocked,
+        f"no page size {p.page_size}": p.page_size not in (16, 32, 64, 128, 256),
+        f"no head dim {p.head_dim}, {p.v_head_dim}": p.head_dim not in (64, 128, 256) or p.v_head_dim != p.head_dim,
+        f"no {p.q_format} query": p.q_format.quantized and p.q_format.dtype not in FP8,
+        f"no {p.head_dim} head dims of {size} bytes": p.head_dim * size > 512,
+        "an empty call": not p.tokens or not p.seqs,
+    }
+    return next((reason for reason, refused in refusals.items() if refused), None)
+
+
+def choose(p: Problem) -> Config:
+    """The configuration for a problem."""
+    tile = 64 if p.head_dim == 256 or p.kv_format.dtype == INT8 else 128
+    choices = [Config(tile, *rest) for rest in ((3, 2, 2), (2, 2, 2), (2, 1, 2), (2, 1, 1))]
+    return next((c for c in choices if shared_bytes(p, c) <= SHARED), choices[-1])
+
+
+def form_of(p: Problem, config: Config) -> Form:
+    """The static shape of the kernel for one problem."""
+    part = max(d for d in range(1, min(p.group, ROWS) + 1) if p.group % d == 0)
+    stored = p.kv_format.dtype
+    wide = jnp.float16 if stored.itemsize == 1 else stored
+    operand = jnp.float16 if stored == INT8 else stored
+    if stored in FP8:
+        operand = p.q_format.dtype if p.q_format.quantized else jnp.float8_e4m3fn
+    # bf16 has 8 bits, f16 11 and float32 24; two terms of FP8 8, of bf16 16, of f16 22.
+    exact = p.q_format.quantized or jnp.finfo(operand).nmant >= jnp.finfo(p.q_format.dtype).nmant
+    return Form(
+        config.tile, part, p.group // part, ROWS // part, 1 if exact else 2, jnp.dtype(operand), jnp.dtype(wide),
+        config.keys, config.values, config.wide, config.warpgroups,
+    )  # fmt: skip
+
+
+def run(p: Problem, *arrays, config: Config | None = None):
+    """(out [T, H, DV], lse [T, H] if asked)."""
+    args = Args(*arrays)
+    config = config or choose(p)
+    form = form_of(p, config)
+    units = p.kv_heads * form.parts
+    # Sequence b has the blocks from floor(first token / tokens of a block) + b on: enough of them, found by a search.
+    blocks = p.tokens // (form.warpgroups * form.span) + p.seqs + 1
+    inputs = inputs_of(p, form, args)
+    leaves, tree = jax.tree.flatten(inputs)
+    out = [jax.ShapeDtypeStruct((p.tokens, units, form.part, p.v_head_dim), p.out_dtype)]
+    if p.return_lse:
+        out.append(jax.ShapeDtypeStruct((p.tokens, units, form.part), jnp.float32))
+
+    def prefill(*refs, **scratch):
+        ins = jax.tree.unflatten(tree, refs[: len(leaves)])
+        Block(p, form, blocks, ins, refs[len(leaves) :], **scratch).run()
+
+    kernel = plgpu.kernel(
+        prefill, out_type=tuple(out), grid=(blocks * units,), grid_names=("cell",), scratch_types=scratch_of(p, form),
+        num_threads=form.warpgroups + 1, thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )  # fmt: skip
+    got = kernel(*leaves)
+    shapes = ((p.tokens, p.q_heads, p.v_head_dim), (p.tokens, p.q_heads))
+    return tuple(g.reshape(s) for g, s in zip(got, shapes, strict=False))
+
+
+def inputs_of(p: Problem, form: Form, args: Args) -> Inputs:
+    """What the kernel reads, in the shapes that it reads."""
+    batch, cache, nothing = args.batch, args.cache, jnp.zeros(1)
+    i32 = lambda x: jnp.asarray(x, jnp.int32)  # noqa: E731
+    one = lambda x: jnp.reshape(x, (1,))  # noqa: E731
+    q, q_scale, units = args.q, nothing, p.kv_heads * form.parts
+    if isinstance(q, Quantized):
+        heads = {0: (1,), 1: (units, form.part), 2: (p.tokens, units, form.part)}[q.scale.ndim]
+        q, q_scale = q.values, q.scale.reshape(heads)
+    buffers = cache.buffers
+    if not p.layout.head_major:  # neighbouring heads are one row
+        buffers = tuple(x.reshape(p.pages, p.page_size, -1) for x in buffers)
+    k_scale, v_scale = [nothing] * 2 if cache.scales is None else [s if s.ndim else one(s) for s in cache.scales]
+    window, causal = args.mask.window, args.mask.causal
+    return Inputs(
+        q.reshape(p.tokens, units, form.part, p.head_dim), tuple(buffers), i32(batch.page_table), i32(batch.kv_lens),
+        i32(batch.cu_q_lens), one(i32(p.seqs if batch.num_seqs is None else batch.num_seqs)), one(args.scale), q_scale,
+        k_scale, v_scale, nothing if args.soft_cap is None else one(args.soft_cap),
+        one(i32(0 if window is None else window)), nothing if isinstance(causal, bool) else i32(causal),
+        nothing if args.sinks is None else args.sinks.astype(jnp.float32).reshape(units, form.part),
+        nothing if args.out_scale is None else one(args.out_scale),
+    )  # fmt: skip
+
+
+def scratch_of(p: Problem, form: Form) -> dict[str, Any]:
+    """Shared memory and barriers of a CTA."""
+    stored, depth, tile = p.kv_format.dtype, p.head_dim, form.tile
+    # The query as it comes, as the matrix unit takes it, and the result are never alive together in a warpgroup. Each
+    # fills as many bytes of its own, so that no warpgroup reaches into the other's. Results of 4 bytes leave in halves.
+    out_depth = min(depth, 2 * depth // p.out_dtype.itemsize)
+    widths = depth * p.q_format.dtype.itemsize, form.terms * depth * form.operand.itemsize, out_depth * p.out_dtype.itemsize
+    rows = [ROWS * max(widths) // w for w in widths]
+    of_query = [
+        plgpu.SMEM((form.warpgroups, rows[0], depth), p.q_format.dtype),
+        plgpu.SMEM((form.warpgroups, rows[1] * form.terms, depth), form.operand, transforms=swizzled(form.operand, depth)),
+        plgpu.SMEM((form.warpgroups, rows[2], out_depth), p.out_dtype),
+    ]
+    pages = max(tile // p.page_size, 1)
+    barrier = plgpu.Barrier
+    scratch: dict[str, Any] = {
+        "of_query": plgpu.RefUnion(*of_query),
+        "row_values": plgpu.SMEM((form.warpgroups, ROWS), jnp.float32),
+        "k_ring": plgpu.SMEM((form.keys, tile, depth), stored, transforms=swizzled(stored, depth)),
+        "v_ring": plgpu.SMEM((form.values, tile, depth), stored, transforms=swizzled(stored, depth)),
+        "q_here": barrier(num_arrivals=1 if form.part == 1 else form.span, num_barriers=form.warpgroups),
+        "k_here": barrier(num_arrivals=pages, num_barriers=form.keys),
+        "v_here": barrier(num_arrivals=pages, num_barriers=form.values),
+        "k_used": barrier(num_arrivals=form.warpgroups, num_barriers=form.keys),
+        "v_ready": barrier(num_barriers=form.value_slots(p)),
+        "turn": barrier(num_barriers=form.warpgroups),
+        "v_used": barrier(num_arrivals=form.warpgroups, num_barriers=form.value_slots(p)),
+    }
+    if stored.itemsize == 1:
+        scratch["v_wide"] = plgpu.SMEM((form.wide, tile, depth), form.wide_type, transforms=swizzled(form.wide_type, depth))
+    if form.relays_keys(p):
+        scratch["k_ready"] = barrier(num_barriers=form.keys)
+    if stored == INT8:
+        scratch["k_wide"] = plgpu.SMEM((form.keys, tile, depth), form.operand, transforms=swizzled(form.operand, depth))
+    if p.kv_format.granularity == "token_head":
+        scratch["k_scales"] = plgpu.SMEM((form.keys, tile), jnp.float32)
+        scratch["v_scales"] = plgpu.SMEM((form.keys, tile), jnp.float32)
+    return scratch
+
+
+def shared_bytes(p: Problem, config: Config) -> int:
+    """Shared memory that one CTA takes."""
+
+    def size(x) -> int:
+        if isinstance(x, plgpu.RefUnion):
+            return max(map(size, x.refs))
+        return 0 if isinstance(x, plgpu.Barrier) else -(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // 1024) * 1024
+
+    return sum(map(size, scratch_of(p, form_of(p, config)).values())) + 4096
