@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,16 @@ import numpy as np
 import oracle
 import pytest
 from cover import pairwise
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from problems import FORMATS, library_options, make, relative_error
 from test_golden import assert_matches_upstream, library_problem
 
 import pallas_attn as pa
+from pallas_attn.core.batch import padded
 from pallas_attn.core.caches import abstract_cache
-from pallas_attn.ops.paged_attention import mosaic_config, mosaic_decode
+from pallas_attn.ops.paged_attention import mosaic_config, mosaic_decode, mosaic_share
+from pallas_attn.ops.paged_attention.mosaic_worker import Inputs
 from pallas_attn.ops.paged_attention.problem import prepare
 
 SEQS = 9  # of problem(), padding included
@@ -128,7 +132,7 @@ def test_interpreted(cell, rng, monkeypatch):
     monkeypatch.setattr(mosaic_decode, "INTERPRET", plgpu.InterpretGPUParams())
     monkeypatch.setattr(mosaic_decode, "SMS", 2)
     n = cell[-1]
-    check(rng, interpreted, *cell, scheduled=True, kv_lens=(n, 64, 0, 130), q_lens=(n, 1, n, 1))
+    check(rng, interpreted, *cell, scheduled=cell[1] == "HND", kv_lens=(n, 64, 0, 130), q_lens=(n, 1, n, 1))
 
 
 def lower(*cell, config=None):
@@ -156,7 +160,11 @@ LOWERED = [
 
 @pytest.mark.parametrize("cell", LOWERED, ids=lambda c: "-".join(map(str, c)))
 def test_lowers(cell):
-    assert lower(*cell).count("stablehlo.custom_call @mosaic_gpu_v2") == 2  # the kernel and the combine
+    text = lower(*cell)
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 2  # the kernel and the combine
+    around = {"constant", "broadcast_in_dim", "reshape"}  # cost no launch
+    around |= {"convert"} if "causal per sequence" in cell else set()
+    assert set(re.findall(r"stablehlo\.(\w+)", text)) <= {"custom_call", *around}
 
 
 def test_vmapped_decode_stays_on_the_kernel():
@@ -237,6 +245,38 @@ def test_schedule_counts_tiles(window):
     assert np.all(before[6:] == np.iinfo(np.int32).max)
     if window is not None:
         np.testing.assert_array_equal(np.asarray(batch.tiles_before(jnp.int32(window))), before)
+
+
+@pytest.mark.parametrize(("seqs", "window"), [(1, None), (2, 70), (37, 0), (63, 3), (130, None), (255, 100)])
+def test_kernels_count_the_tiles_of_the_schedule(seqs, window, rng):
+    """Of garbage lengths, padding sequences and sequences without a query too."""
+    n = padded(seqs)
+    mask = pa.Mask(window=None if window is None else np.int32(window))
+    lens = np.array([500, *rng.integers(-100, 3000, seqs - 1)])
+    starts = np.cumsum([0, 1, *rng.integers(0, 3, seqs - 1)])
+    lens, starts, table = (jnp.asarray(x, jnp.int32) for x in (lens, starts, np.zeros((seqs, 8))))
+    batch = pa.RaggedBatch(table, lens, starts, jnp.int32(max(seqs - 2, 1)), max_q_len=2)
+    q, cache, _, _ = abstract(*LOWERED[0])
+    shapes = jax.tree.map(lambda x: S(x.shape, x.dtype), batch)  # a known batch would be refused
+    p, _ = prepare(S((3 * seqs, *q.shape[1:]), q.dtype), cache, shapes, mask=mask)
+
+    def body(lens, starts, live, window, out, scratch):
+        none = dict.fromkeys(Inputs._fields)
+        x = Inputs(**none)._replace(kv_lens=lens, cu_q_lens=starts, live=live, window=window)
+        counted = mosaic_share.tally(p, x, scratch)
+        for at in range(0, n, 128):
+            plgpu.copy_smem_to_gmem(counted.at[pl.ds(at, 128)], out.at[pl.ds(at, 128)])
+        plgpu.wait_smem_to_gmem(0)
+
+    kernel = plgpu.kernel(
+        body, out_type=S((n,), jnp.int32), scratch_types=[plgpu.SMEM((2 * n,), jnp.int32)],
+        interpret=plgpu.InterpretGPUParams(),
+    )  # fmt: skip
+    got = np.asarray(kernel(lens, starts, batch.live.reshape(1), jnp.full(1, window or 0, jnp.int32)))
+    want = np.asarray(batch.tiles_before(window))
+    np.testing.assert_array_equal(got[: seqs + 1], want[: seqs + 1])
+    assert got[seqs] > 0
+    assert np.all(got[seqs:] == got[seqs])
 
 
 def on_gpu(q, cache, batch, **options):

@@ -11,7 +11,8 @@ from jaxtyping import Array
 
 from pallas_attn.core.formats import Format
 from pallas_attn.ops.paged_attention.mosaic_config import Form
-from pallas_attn.ops.paged_attention.mosaic_worker import FAR, SCALE_RANK, Inputs, Sequence, scale_at, share
+from pallas_attn.ops.paged_attention.mosaic_share import share
+from pallas_attn.ops.paged_attention.mosaic_worker import FAR, SCALE_RANK, Inputs, Sequence, scale_at
 from pallas_attn.ops.paged_attention.problem import Problem
 from pallas_attn.runtime.mosaic import LOG2E, SMS, row_layout
 
@@ -19,7 +20,7 @@ REGISTERS = 160  # of each thread for values that are on their way
 
 
 def merge(
-    p: Problem, form: Form, workers: int, x, partial, stats, sinks, v_scale, out_scale, interpret
+    p: Problem, form: Form, workers: int, x, partial, stats, before, sinks, v_scale, out_scale, interpret
 ) -> tuple[Array, ...]:
     """(out [T, H, D], lse [T, H] if asked) from what the workers left.
 
@@ -39,7 +40,7 @@ def merge(
     given = sinks is not None
     rank = SCALE_RANK.get(p.kv_format.granularity)
     arrays = (
-        partial, stats, x.cu_q_lens, x.kv_lens, x.live, x.before,
+        partial, stats, x.cu_q_lens, x.kv_lens, x.live, before,
         sinks.astype(jnp.float32).reshape(heads, form.part) if given else jnp.zeros((1, 1)),
         v_scale if rank is not None else jnp.ones(1),
         jnp.ones(1) if out_scale is None else jnp.reshape(out_scale, (1,)),
