@@ -23,7 +23,7 @@ from pallas_attn.core.batch import TILE, RaggedBatch, padded
 from pallas_attn.core.formats import INT8
 from pallas_attn.core.quantized import Quantized
 from pallas_attn.ops.paged_attention import mosaic_merge
-from pallas_attn.ops.paged_attention.mosaic_config import FP8, Config, Form, choose, form_of, rings
+from pallas_attn.ops.paged_attention.mosaic_config import FP8, Config, Form, choose, form_of, part_of, rings
 from pallas_attn.ops.paged_attention.mosaic_share import MOST_COUNTED
 from pallas_attn.ops.paged_attention.mosaic_worker import Inputs, Worker
 from pallas_attn.ops.paged_attention.problem import Args, Problem
@@ -38,7 +38,7 @@ def supports(p: Problem) -> str | None:
     """None, or what of the problem this kernel cannot do."""
     tokens, size = p.max_q_len or 9, p.kv_format.dtype.itemsize
     windowed = {"window", "non-causal"} <= set(p.options) or {"window", "per-sequence causal"} <= set(p.options)
-    part = max((d for d in range(1, min(p.group, 4096 // p.head_dim, 32) + 1) if p.group % d == 0), default=1)
+    part = part_of(p)
     narrow = p.head_dim * min(p.q_format.dtype.itemsize, p.out_dtype.itemsize) * part % 128
     refusals = {
         "it needs batch.max_q_len <= 8": tokens > 8,
@@ -66,9 +66,10 @@ def run(p: Problem, *arrays, config: Config | None = None):
     form = form_of(p, config)
     workers = max(SMS * config.ctas // form.columns, 1)
     inputs = _inputs(p, args, form)
-    got = partials(p, form, config, workers, inputs)
+    partial, stats, before = partials(p, form, config, workers, inputs)
+    inputs = inputs._replace(before=before)
     sinks, v_scale = args.sinks, _stored_scale(args, 1)
-    return mosaic_merge.merge(p, form, workers, inputs, *got, sinks, v_scale, args.out_scale, INTERPRET)
+    return mosaic_merge.merge(p, form, workers, inputs, partial, stats, sinks, v_scale, args.out_scale, INTERPRET)
 
 
 def _inputs(p: Problem, args: Args, form: Form) -> Inputs:
@@ -103,10 +104,7 @@ def _before(batch: RaggedBatch, window) -> Any:
 
 def _stored_scale(args: Args, side: int) -> jax.Array:
     """The scale of keys or values as the cache has it, at least [1]."""
-    if args.cache.scales is None:
-        return jnp.ones(1)
-    scale = args.cache.scales[side]
-    return scale if scale.ndim else scale.reshape(1)
+    return jnp.ones(1) if args.cache.scales is None else jnp.atleast_1d(args.cache.scales[side])
 
 
 def _flat(p: Problem, buffers: tuple) -> tuple:

@@ -20,7 +20,7 @@ REGISTERS = 160  # of each thread for values that are on their way
 
 
 def merge(
-    p: Problem, form: Form, workers: int, x, partial, stats, before, sinks, v_scale, out_scale, interpret
+    p: Problem, form: Form, workers: int, x, partial, stats, sinks, v_scale, out_scale, interpret
 ) -> tuple[Array, ...]:
     """(out [T, H, D], lse [T, H] if asked) from what the workers left.
 
@@ -40,7 +40,7 @@ def merge(
     given = sinks is not None
     rank = SCALE_RANK.get(p.kv_format.granularity)
     arrays = (
-        partial, stats, x.cu_q_lens, x.kv_lens, x.live, before,
+        partial, stats, x.cu_q_lens, x.kv_lens, x.live, x.before,
         sinks.astype(jnp.float32).reshape(heads, form.part) if given else jnp.zeros((1, 1)),
         v_scale if rank is not None else jnp.ones(1),
         jnp.ones(1) if out_scale is None else jnp.reshape(out_scale, (1,)),
