@@ -155,6 +155,9 @@ def partials(p: Problem, form: Form, config: Config, workers: int, x: Inputs) ->
         ins, (*results,) = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
         counted = results.pop() if x.before is None else None
         Worker(p, form, config, workers, ins, *results, counted=counted, **scratch).run()
+        if INTERPRET is None:  # the merge may start: it waits for what is still on its way
+            plgpu.griddepcontrol_launch_dependents()
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kernel = plgpu.kernel(
         attend, out_type=tuple(out), grid=(workers, form.columns), grid_names=("worker", "column"),

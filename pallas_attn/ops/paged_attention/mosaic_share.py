@@ -43,27 +43,38 @@ def tally(p: Problem, x, scratch):
     for at in (0, n):
         scratch[pl.ds(at, n)] = plgpu.layout_cast(jnp.zeros((n,), jnp.int32), strided)
     plgpu.commit_smem()
-    _write_tiles(p, x, scratch, n + 1)
+    at = 0
+    for size, found in _in_vectors(p, x):
+        scratch[n + at if size == 1 else pl.ds(n + at, size)] = found
+        at += size
     plgpu.commit_smem()
-    # Each step doubles how many numbers every sum has; before the list there are zeros.
-    for shift in (2**i for i in range((n - 1).bit_length())):
-        here, there = (plgpu.load(scratch.at[pl.ds(at, n)], layout=strided, optimized=False) for at in (n, n - shift))
+    # Each step doubles how many numbers every sum has, the first leaves out its own; before the list there are zeros.
+    for i in range((n - 1).bit_length()):
+        last = n - 1 if i == 0 else n
+        here, there = (
+            plgpu.load(scratch.at[pl.ds(at, n)], layout=strided, optimized=False) for at in (last, last - 2**i)
+        )
         plgpu.commit_smem()
         scratch[pl.ds(n, n)] = here + there
         plgpu.commit_smem()
     return scratch.at[pl.ds(n, n)]
 
 
-def _write_tiles(p: Problem, x, scratch, first: int) -> None:
-    """The tiles of each sequence, from element `first` of `scratch`."""
-    if p.seqs == 1:
-        scratch[first] = tiles(p, x, 0, x.kv_lens[0], x.cu_q_lens[1] - x.cu_q_lens[0])
-        return
-    # Two vectors cover the sequences, overlapping where they must: what both hold is the same.
-    size = p.seqs // 32 * 32 or 1 << (p.seqs.bit_length() - 1)
+def _in_vectors(p: Problem, x) -> list:
+    """[(size, tiles of the next so many sequences)]: multiples of 32, then powers of two, as registers hold them, which
+    also begin where stores into shared memory may; the last may be a number. Nothing past the sequences is read."""
+    found, at = [], 0
+    for size in (p.seqs // 32 * 32, 16, 8, 4, 2, 1):
+        if 0 < size <= p.seqs - at:
+            found.append((size, _tiles_from(p, x, at, size)))
+            at += size
+    return found
+
+
+def _tiles_from(p: Problem, x, at: int, size: int):
+    if size == 1:
+        return tiles(p, x, at, x.kv_lens[at], x.cu_q_lens[at + 1] - x.cu_q_lens[at])
     layout = token_layout(size)
     load = lambda ref, at: plgpu.load(ref.at[pl.ds(at, size)], layout=layout, optimized=False)  # noqa: E731
-    for at in dict.fromkeys((0, p.seqs - size)):
-        b = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) + at
-        q_lens = load(x.cu_q_lens, at + 1) - load(x.cu_q_lens, at)
-        scratch[pl.ds(first + at, size)] = tiles(p, x, b, load(x.kv_lens, at), q_lens)
+    b = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) + at
+    return tiles(p, x, b, load(x.kv_lens, at), load(x.cu_q_lens, at + 1) - load(x.cu_q_lens, at))

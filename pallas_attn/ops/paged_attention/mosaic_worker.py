@@ -109,7 +109,7 @@ class Worker:
     counted: Any = None  # where the tiles before each sequence go for the merge if there is no schedule
 
     def run(self) -> None:
-        """All sequences that the worker has tiles of."""
+        """All sequences that the worker has tiles of; the last results may still be on their way."""
         p, form, x = self.p, self.form, self.x
         self.narrow = p.kv_format.dtype.itemsize == 1
         self.widen_keys = p.kv_format.dtype == INT8
@@ -131,7 +131,6 @@ class Worker:
         first, last = find(before, self.start, self.end - 1)
         touched = jnp.where(self.end > self.start, last - first + 1, 0)
         lax.fori_loop(0, touched, lambda i, begin: self.segment(first + i, begin), before[first])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def count(self, column):
         """What the schedule would hold, here until the first query comes, and by the first worker for the merge."""
