@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import cases, layers, record, side, timing, writes
+from bench import cases, layers, record, sanitize, side, timing, writes
 from bench.timing import Kernel, Timing
 
 ROWS = [r for r in json.loads(cases.PEERS.read_text())["cases"] if r["op"] in ("decode", "prefill")]
@@ -130,3 +130,7 @@ def test_list_names_every_case(capsys):
 def test_a_refusal_is_said(capsys):
     bench.main(["run", "--case", "dec_d256_b32_c8192_p64_qfp8", "--backend", "mosaic"])
     assert "mosaic refuses: not on cpu" in capsys.readouterr().out
+
+
+def test_what_runs_under_the_sanitizer_is_right():
+    assert sanitize.run(sanitize.CELLS[3], "xla") < 1e-5

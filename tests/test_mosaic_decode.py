@@ -1,7 +1,9 @@
 """The Hopper decode kernel: what it refuses, that it lowers, what it computes (interpreted on a CPU, or on a GPU)."""
 
 import dataclasses
+import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +11,18 @@ import numpy as np
 import oracle
 import pytest
 from cover import pairwise
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from problems import FORMATS, library_options, make, relative_error
 from test_golden import assert_matches_upstream, library_problem
 
 import pallas_attn as pa
+from pallas_attn.core.batch import padded
 from pallas_attn.core.caches import abstract_cache
-from pallas_attn.ops.paged_attention import mosaic_config, mosaic_decode
+from pallas_attn.ops.paged_attention import mosaic_config, mosaic_decode, mosaic_share
+from pallas_attn.ops.paged_attention.mosaic_worker import Inputs
 from pallas_attn.ops.paged_attention.problem import prepare
 
 SEQS = 9  # of problem(), padding included
@@ -101,7 +108,10 @@ def check(rng, run, format, layout, page_size, dim, heads, query, option, q_toke
         del options["soft_cap"]  # a cap of 0 is none
     if not options.get("window", 1):
         del options["window"]
-    want, want_lse = random.expected(**options)
+    compare(out, lse, *random.expected(**options))
+
+
+def compare(out, lse, want, want_lse):
     assert np.linalg.norm(out - want) <= 4e-3 * np.linalg.norm(want)
     assert relative_error(out, want) <= 8e-3  # of any row
     # An error of 3e-4 in a product of the matrix unit is one of the logits' magnitude here.
@@ -128,7 +138,7 @@ def test_interpreted(cell, rng, monkeypatch):
     monkeypatch.setattr(mosaic_decode, "INTERPRET", plgpu.InterpretGPUParams())
     monkeypatch.setattr(mosaic_decode, "SMS", 2)
     n = cell[-1]
-    check(rng, interpreted, *cell, scheduled=True, kv_lens=(n, 64, 0, 130), q_lens=(n, 1, n, 1))
+    check(rng, interpreted, *cell, scheduled=cell[1] == "HND", kv_lens=(n, 64, 0, 130), q_lens=(n, 1, n, 1))
 
 
 def lower(*cell, config=None):
@@ -156,7 +166,11 @@ LOWERED = [
 
 @pytest.mark.parametrize("cell", LOWERED, ids=lambda c: "-".join(map(str, c)))
 def test_lowers(cell):
-    assert lower(*cell).count("stablehlo.custom_call @mosaic_gpu_v2") == 2  # the kernel and the combine
+    text = lower(*cell)
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 2  # the kernel and the combine
+    around = {"constant", "broadcast_in_dim", "reshape"}  # cost no launch
+    around |= {"convert"} if "causal per sequence" in cell else set()
+    assert set(re.findall(r"stablehlo\.(\w+)", text)) <= {"custom_call", *around}
 
 
 def test_vmapped_decode_stays_on_the_kernel():
@@ -239,6 +253,38 @@ def test_schedule_counts_tiles(window):
         np.testing.assert_array_equal(np.asarray(batch.tiles_before(jnp.int32(window))), before)
 
 
+@pytest.mark.parametrize(("seqs", "window"), [(1, None), (2, 70), (37, 0), (63, 3), (130, None), (255, 100)])
+def test_kernels_count_the_tiles_of_the_schedule(seqs, window, rng):
+    """Of garbage lengths, padding sequences and sequences without a query too."""
+    n = padded(seqs)
+    mask = pa.Mask(window=None if window is None else np.int32(window))
+    lens = np.array([500, *rng.integers(-100, 3000, seqs - 1)])
+    starts = np.cumsum([0, 1, *rng.integers(0, 3, seqs - 1)])
+    lens, starts, table = (jnp.asarray(x, jnp.int32) for x in (lens, starts, np.zeros((seqs, 8))))
+    batch = pa.RaggedBatch(table, lens, starts, jnp.int32(max(seqs - 2, 1)), max_q_len=2)
+    q, cache, _, _ = abstract(*LOWERED[0])
+    shapes = jax.tree.map(lambda x: S(x.shape, x.dtype), batch)  # a known batch would be refused
+    p, _ = prepare(S((3 * seqs, *q.shape[1:]), q.dtype), cache, shapes, mask=mask)
+
+    def body(lens, starts, live, window, out, scratch):
+        none = dict.fromkeys(Inputs._fields)
+        x = Inputs(**none)._replace(kv_lens=lens, cu_q_lens=starts, live=live, window=window)
+        counted = mosaic_share.tally(p, x, scratch)
+        for at in range(0, n, 128):
+            plgpu.copy_smem_to_gmem(counted.at[pl.ds(at, 128)], out.at[pl.ds(at, 128)])
+        plgpu.wait_smem_to_gmem(0)
+
+    kernel = plgpu.kernel(
+        body, out_type=S((n,), jnp.int32), scratch_types=[plgpu.SMEM((2 * n,), jnp.int32)],
+        interpret=plgpu.InterpretGPUParams(),
+    )  # fmt: skip
+    got = np.asarray(kernel(lens, starts, batch.live.reshape(1), jnp.full(1, window or 0, jnp.int32)))
+    want = np.asarray(batch.tiles_before(window))
+    np.testing.assert_array_equal(got[: seqs + 1], want[: seqs + 1])
+    assert got[seqs] > 0
+    assert np.all(got[seqs:] == got[seqs])
+
+
 def on_gpu(q, cache, batch, **options):
     return jax.jit(lambda *args: pa.paged_attention(*args, backend="mosaic", **options))(q, cache, batch)
 
@@ -258,6 +304,74 @@ def test_ragged_batches_on_gpu(rng):
             live = tuple(int(x) for x in rng.integers(0, 2, seqs))
             shape = {"kv_lens": lens, "q_lens": live}
             check(rng, on_gpu, "E4M3_HEAD", "HND", 64, 128, (8, 2), "f32", "plain", 1, **shape)
+
+
+# Shapes of `test_any_lengths_on_gpu`: fixed, for each kind is a compilation.
+MOST, WIDTH = 6, 12
+RAGGED = {  # format, layout, heads, query, query tokens, scheduled, option
+    "counted": ("E4M3_TENSOR", "HND", (8, 2), "bf16", 1, False, "sinks"),
+    "scheduled": ("E4M3_HEAD", "NHD", (8, 2), "E4M3_TENSOR", 3, True, "plain"),
+    "window": ("INT8_TOKEN_HEAD", "PACKED", (4, 2), "f16", 1, False, "window 1"),
+    "windows of several tokens": ("E5M2_SEQ_HEAD", "INTERLEAVED", (6, 2), "f32", 4, False, "window 1"),
+}
+lengths = st.one_of(st.integers(0, 64 * WIDTH), st.sampled_from([0, 1, 63, 64, 65, 128, 64 * WIDTH]))
+
+
+@functools.cache
+def ragged_step(scheduled, sinks):
+    def step(q, cache, batch, window):
+        options = library_options(sinks=SINKS[: q.shape[1]]) if sinks else {"mask": pa.Mask(window=window)}
+        batch = batch.with_schedule() if scheduled else batch
+        return pa.paged_attention(q, cache, batch, backend="mosaic", out=jnp.float32, return_lse=True, **options)
+
+    return jax.jit(step)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", RAGGED)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_lengths_on_gpu(kind, data):
+    format, layout, heads, query, n, scheduled, option = RAGGED[kind]
+    kv_lens = data.draw(st.lists(lengths, min_size=1, max_size=MOST))
+    q_lens = [data.draw(st.integers(0, n)) for _ in kv_lens]
+    options = options_for(option, heads)
+    if "window" in options:
+        options["window"] = np.int32(data.draw(st.one_of(st.integers(1, 64 * WIDTH), st.integers(1, 3))))
+    rng = np.random.default_rng(sum(kv_lens))
+    random = make(
+        rng, format, q_lens, kv_lens, heads=heads, dim=128, page_size=64, num_pages=MOST * WIDTH, table_width=WIDTH,
+        spare_seqs=MOST - len(kv_lens), spare_tokens=MOST * n + 1 - sum(q_lens), q_dtype=DTYPES.get(query, oracle.F32),
+        q_format=None if query in DTYPES else query,
+    )  # fmt: skip
+    args = random.arguments(layout, max_q_len=n)
+    out, lse = ragged_step(scheduled, option == "sinks")(*args, options.get("window"))
+    compare(out, lse, *random.expected(**options))
+
+
+def into_nan(q, cache, batch, **options):
+    """As `on_gpu`, the results in memory that held NaN, and the partial ones most likely too."""
+
+    def step(out, lse, q, cache, batch):
+        return pa.paged_attention(q, cache, batch, backend="mosaic", **options)
+
+    results = jax.eval_shape(functools.partial(step, None, None), q, cache, batch)
+    held = [jnp.full(x.shape, jnp.nan, x.dtype) for x in results]
+    args = (*held, q, cache, batch)
+    compiled = jax.jit(step, donate_argnums=(0, 1), keep_unused=True).lower(*args).compile()
+    assert " copy(" not in compiled.as_text()
+    jax.block_until_ready([jnp.full(2**size, jnp.nan) for size in range(8, 24) for _ in range(8)])
+    where = [x.unsafe_buffer_pointer() for x in held]
+    got = compiled(*args)
+    assert [x.unsafe_buffer_pointer() for x in got] == where
+    return got
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", [LOWERED[0], LOWERED[4], LOWERED[1]], ids=lambda c: "-".join(map(str, c)))
+def test_every_row_is_written(cell, rng):
+    """Those of padding, of sequences without keys, and where no query sees a key too."""
+    check(rng, into_nan, *cell)
 
 
 @pytest.mark.gpu

@@ -6,12 +6,32 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Int
 
 from pallas_attn.core.errors import is_concrete, require
 from pallas_attn.core.leaf import Leaf
 
 TILE = 64  # tokens of one unit of work of a schedule
+
+
+def padded(seqs: int) -> int:
+    """Length of `Schedule.before`: B + 1, rounded up to 128."""
+    return (seqs // 128 + 1) * 128
+
+
+def tiles_of(kv_lens, q_lens, pages: int, window=None):
+    """Tiles that the query tokens of a sequence see, for numbers or vectors of int32; inside of kernels too.
+
+    pages: width of the page table: longer lengths mean nothing, and kernels take no page of more than 256 tokens.
+    window: static or traced; it spares the tiles that no query of the step sees.
+    """
+    kv_lens = jnp.clip(kv_lens, 0, pages * 256)
+    tiles = lax.div(kv_lens + (TILE - 1), jnp.int32(TILE))
+    if window is not None:
+        unseen = jnp.maximum(kv_lens - q_lens - window + 1, 0) * jnp.int32(window > 0)
+        tiles = jnp.maximum(tiles - lax.div(unseen, jnp.int32(TILE)), 0)
+    return jnp.where(q_lens > 0, tiles, 0)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("before",), meta_fields=("window",))
@@ -89,8 +109,8 @@ class RaggedBatch:
     def with_schedule(self, window: int | None = None) -> "RaggedBatch":
         """The batch with its schedule, computed on the device: once per step, before the loop over layers.
 
-        Kernels that need one compute it themselves where it is missing, or made for another window: a few small
-        launches in every layer.
+        Kernels that need one compute it themselves where it is missing, or made for another window: each of their CTAs
+        for up to 255 sequences, and for more by a few small launches in every layer.
 
         Args:
           window: the static sliding window of the layers it is for; None for those that see whole contexts.
@@ -100,16 +120,11 @@ class RaggedBatch:
 
     def tiles_before(self, window=None) -> Int[Array, "P"]:
         """`Schedule.before`. A window, static or traced, spares the tiles that no query of the step sees."""
-        # Lengths past the page table mean nothing, and kernels take no page of more than 256 tokens.
-        kv_lens = jnp.clip(self.kv_lens.astype(jnp.int32), 0, self.page_table.shape[1] * 256)
+        seqs, pages = self.page_table.shape
         q_lens = (self.cu_q_lens[1:] - self.cu_q_lens[:-1]).astype(jnp.int32)
-        real = (jnp.arange(kv_lens.shape[0]) < self.live) & (q_lens > 0)
-        first = 0
-        if window is not None:
-            first = jnp.where(jnp.asarray(window) > 0, jnp.maximum(kv_lens - q_lens - window + 1, 0), 0) // TILE
-        tiles = jnp.where(real, jnp.maximum(-(-kv_lens // TILE) - first, 0), 0)
-        before = jnp.cumsum(tiles).astype(jnp.int32)
-        spare = -(kv_lens.shape[0] + 1) % 128
+        tiles = tiles_of(self.kv_lens.astype(jnp.int32), q_lens, pages, window)
+        before = jnp.cumsum(jnp.where(jnp.arange(seqs) < self.live, tiles, 0)).astype(jnp.int32)
+        spare = padded(seqs) - seqs - 1
         return jnp.pad(jnp.pad(before, (1, 0)), (0, spare), constant_values=np.iinfo(np.int32).max)
 
     @property

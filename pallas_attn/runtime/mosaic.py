@@ -1,4 +1,4 @@
-"""What Mosaic GPU kernels share: register layouts, how tiles lie in shared memory, and arithmetic with exact rounding."""
+"""What Mosaic GPU kernels share: register layouts, how tiles lie in shared memory, and exactly rounded arithmetic."""
 
 import math
 

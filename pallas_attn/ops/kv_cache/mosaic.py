@@ -61,7 +61,7 @@ def run(p: Problem, *arrays):
     shapes = [x.shape for x in cache.buffers]
     # Rows of [key, value] as one head's: [N, S, K, 2 D].
     views = [x.reshape(*x.shape[:2], p.kv_heads, -1) if p.layout.name == "INTERLEAVED" else x for x in cache.buffers]
-    scales = [] if cache.scales is None else [s if s.ndim else s.reshape(1) for s in cache.scales]
+    scales = [jnp.atleast_1d(s) for s in cache.scales or ()]
     written = [*views, *(scales if per_token else [])]
     given = [] if per_token else scales
     rows = [x.reshape(-1, x.shape[-1]) for x in (k, v)]

@@ -56,11 +56,19 @@ class Form(NamedTuple):
         return (unit + h) * self.blocks + block
 
 
+def _most_rows(p: Problem) -> int:
+    """Query rows of a block that the registers hold."""
+    return min(32, 4096 // p.head_dim)
+
+
+def part_of(p: Problem) -> int:
+    """Heads of one block: the most that divide the group evenly."""
+    return max((d for d in range(1, min(p.group, _most_rows(p)) + 1) if p.group % d == 0), default=1)
+
+
 def form_of(p: Problem, config: Config) -> Form:
     """The form of a problem that `supports` takes."""
-    most = min(32, 4096 // p.head_dim)
-    part = max(d for d in range(1, min(p.group, most) + 1) if p.group % d == 0)
-    tokens = p.max_q_len or 1
+    most, part, tokens = _most_rows(p), part_of(p), p.max_q_len or 1
     span = min(tokens, max(most // part, 1)) if part == p.group else 1
     blocks = -(-tokens // span)
     operand = {INT8: jnp.float16}.get(p.kv_format.dtype, p.kv_format.dtype)
@@ -112,7 +120,7 @@ def table() -> list[dict]:
 def pairs(p: Problem) -> bool:
     """Whether two kv heads may share a CTA: rows of 128 bytes are slower to read than rows of 256."""
     form = form_of(p, Config())
-    together = p.layout.name == "NHD" and p.head_dim * p.kv_format.dtype.itemsize % 128 == 0 and p.kv_heads % 2 == 0
+    together = p.layout.name == "NHD" and p.head_dim * p.kv_format.dtype.itemsize == 128 and p.kv_heads % 2 == 0
     return together and form.parts == 1 and form.rows <= 16
 
 
@@ -128,15 +136,15 @@ def candidates(p: Problem) -> Iterator[Config]:
 
 def heuristic(p: Problem) -> Config:
     """The configuration where no table knows better."""
-    rows = form_of(p, Config()).rows
+    form = form_of(p, Config())
     tiles = p.seqs * -(-p.pages_per_seq * p.page_size // TILE)
-    if tiles * form_of(p, Config()).columns < FEW_TILES * SMS:
+    if tiles * form.columns < FEW_TILES * SMS:
         wanted = Config(1, 3, 2)  # little to do: latency counts, and fewer workers each begin and end once
-    elif pairs(p) and p.head_dim * p.kv_format.dtype.itemsize == 128:
+    elif pairs(p):
         wanted = Config(2, 2, 2)
     else:
         # Registers: 128 of a thread let four CTAs share an SM, 168 three, 255 two, which leaves room for a third tile.
-        wanted = Config(1, 2, 4) if rows <= 8 else Config(1, 3, 2)
+        wanted = Config(1, 2, 4) if form.rows <= 8 else Config(1, 3, 2)
     if wanted.ctas * shared_bytes(p, wanted) > SHARED:
         wanted = dataclasses.replace(wanted, stages=2)
     return dataclasses.replace(wanted, ctas=max(1, min(wanted.ctas, SHARED // shared_bytes(p, wanted))))

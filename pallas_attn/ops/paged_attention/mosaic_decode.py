@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_attn.core.batch import TILE, RaggedBatch
+from pallas_attn.core.batch import TILE, RaggedBatch, padded
 from pallas_attn.core.formats import INT8
 from pallas_attn.core.quantized import Quantized
 from pallas_attn.ops.paged_attention import mosaic_merge
-from pallas_attn.ops.paged_attention.mosaic_config import FP8, Config, Form, choose, form_of, rings
+from pallas_attn.ops.paged_attention.mosaic_config import FP8, Config, Form, choose, form_of, part_of, rings
+from pallas_attn.ops.paged_attention.mosaic_share import MOST_COUNTED
 from pallas_attn.ops.paged_attention.mosaic_worker import Inputs, Worker
 from pallas_attn.ops.paged_attention.problem import Args, Problem
 from pallas_attn.runtime.mosaic import SMS, swizzled
@@ -37,7 +38,7 @@ def supports(p: Problem) -> str | None:
     """None, or what of the problem this kernel cannot do."""
     tokens, size = p.max_q_len or 9, p.kv_format.dtype.itemsize
     windowed = {"window", "non-causal"} <= set(p.options) or {"window", "per-sequence causal"} <= set(p.options)
-    part = max((d for d in range(1, min(p.group, 4096 // p.head_dim, 32) + 1) if p.group % d == 0), default=1)
+    part = part_of(p)
     narrow = p.head_dim * min(p.q_format.dtype.itemsize, p.out_dtype.itemsize) * part % 128
     refusals = {
         "it needs batch.max_q_len <= 8": tokens > 8,
@@ -64,13 +65,14 @@ def run(p: Problem, *arrays, config: Config | None = None):
     config = config or choose(p)
     form = form_of(p, config)
     workers = max(SMS * config.ctas // form.columns, 1)
-    inputs = _inputs(p, args, form, config)
-    partial, stats = partials(p, form, config, workers, inputs)
-    sinks, v_scale = args.sinks, _stored_scale(p, args, 1)
+    inputs = _inputs(p, args, form)
+    partial, stats, before = partials(p, form, config, workers, inputs)
+    inputs = inputs._replace(before=before)
+    sinks, v_scale = args.sinks, _stored_scale(args, 1)
     return mosaic_merge.merge(p, form, workers, inputs, partial, stats, sinks, v_scale, args.out_scale, INTERPRET)
 
 
-def _inputs(p: Problem, args: Args, form: Form, config: Config) -> Inputs:
+def _inputs(p: Problem, args: Args, form: Form) -> Inputs:
     batch, window = args.batch, args.mask.window
     nothing = jnp.zeros(1)
     per_token = p.kv_format.granularity == "token_head"
@@ -82,39 +84,39 @@ def _inputs(p: Problem, args: Args, form: Form, config: Config) -> Inputs:
         q = q.values
     causal = args.mask.causal
     return Inputs(
-        q.reshape(*shape, p.head_dim), _flat(p, args.cache.buffers, config), i32(batch.page_table), i32(batch.kv_lens),
+        q.reshape(*shape, p.head_dim), _flat(p, args.cache.buffers), i32(batch.page_table), i32(batch.kv_lens),
         i32(batch.cu_q_lens), one(i32(p.seqs if batch.num_seqs is None else batch.num_seqs)),
-        _before(batch, window), one(args.scale), q_scale, _stored_scale(p, args, 0),
-        _stored_scale(p, args, 1) if per_token else nothing,
+        _before(batch, window), one(args.scale), q_scale, _stored_scale(args, 0),
+        _stored_scale(args, 1) if per_token else nothing,
         nothing if args.soft_cap is None else one(args.soft_cap), one(i32(0 if window is None else window)),
         nothing if isinstance(causal, bool) or p.max_q_len == 1 else i32(causal),
     )  # fmt: skip
 
 
-def _before(batch: RaggedBatch, window) -> jax.Array:
-    """The schedule's tiles; computed here, in every layer, where the batch has none for this window."""
+def _before(batch: RaggedBatch, window) -> Any:
+    """The schedule's tiles. Where the batch has none for this window: None, so that the workers count them, or for many
+    sequences, which would take them longer, XLA's."""
     plan = batch.schedule
-    fits = plan is not None and (window is None or isinstance(window, int)) and plan.window == window
-    return plan.before if fits else batch.tiles_before(window)  # type: ignore[union-attr]
+    if plan is not None and (window is None or isinstance(window, int)) and plan.window == window:
+        return plan.before
+    return None if batch.kv_lens.shape[0] <= MOST_COUNTED else batch.tiles_before(window)
 
 
-def _stored_scale(p: Problem, args: Args, side: int) -> jax.Array:
+def _stored_scale(args: Args, side: int) -> jax.Array:
     """The scale of keys or values as the cache has it, at least [1]."""
-    if args.cache.scales is None:
-        return jnp.ones(1)
-    scale = args.cache.scales[side]
-    return scale if scale.ndim else scale.reshape(1)
+    return jnp.ones(1) if args.cache.scales is None else jnp.atleast_1d(args.cache.scales[side])
 
 
-def _flat(p: Problem, buffers: tuple, config: Config) -> tuple:
+def _flat(p: Problem, buffers: tuple) -> tuple:
     """Token-major buffers as [N, S, K * D] (or [N, S, K * 2 * D]), so that neighbouring heads are one row."""
     if p.layout.head_major:
         return tuple(buffers)
     return tuple(x.reshape(p.pages, p.page_size, -1) for x in buffers)
 
 
-def partials(p: Problem, form: Form, config: Config, workers: int, x: Inputs) -> tuple[jax.Array, jax.Array]:
-    """The kernel: [W + B, columns, rows, D] weighted values and [.., 2, rows] running maxima (base 2) and sums."""
+def partials(p: Problem, form: Form, config: Config, workers: int, x: Inputs) -> tuple[jax.Array, ...]:
+    """The kernel: [W + B, columns, rows, D] weighted values, [.., 2, rows] running maxima (base 2) and sums, and the
+    schedule's tiles, given or counted."""
     depth, heads, rows, stages = p.head_dim, config.heads, form.rows, config.stages
     widths = rings(p, config)
     stored, narrow = p.kv_format.dtype, p.kv_format.dtype.itemsize == 1
@@ -125,6 +127,8 @@ def partials(p: Problem, form: Form, config: Config, workers: int, x: Inputs) ->
     ]
     if narrow:
         phases.append(plgpu.SMEM((heads, TILE, depth), form.wide, transforms=swizzled(form.wide, depth)))
+    if x.before is None:
+        phases.append(plgpu.SMEM((2 * padded(p.seqs),), jnp.int32))
     scratch = {
         "q_tile": plgpu.SMEM((heads, form.terms * rows, depth), form.operand, transforms=swizzled(form.operand, depth)),
         "rings": [plgpu.SMEM((stages, TILE, w), stored, transforms=swizzled(stored, min(w, depth))) for w in widths],
@@ -139,18 +143,25 @@ def partials(p: Problem, form: Form, config: Config, workers: int, x: Inputs) ->
         scratch["token_scales"] = plgpu.SMEM((stages, 2, heads, TILE), jnp.float32)
     slots = workers + p.seqs
     columns = form.columns * heads
-    out = (
+    out = [
         jax.ShapeDtypeStruct((slots, columns, rows, depth), jnp.float32),
         jax.ShapeDtypeStruct((slots, columns, 2, rows), jnp.float32),
-    )
+    ]
+    if x.before is None:
+        out.append(jax.ShapeDtypeStruct((padded(p.seqs),), jnp.int32))
     leaves, tree = jax.tree.flatten(x)
 
     def attend(*refs, **scratch):
-        ins = jax.tree.unflatten(tree, refs[: len(leaves)])
-        Worker(p, form, config, workers, ins, *refs[len(leaves) :], **scratch).run()
+        ins, (*results,) = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
+        counted = results.pop() if x.before is None else None
+        Worker(p, form, config, workers, ins, *results, counted=counted, **scratch).run()
+        if INTERPRET is None:  # the merge may start: it waits for what is still on its way
+            plgpu.griddepcontrol_launch_dependents()
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kernel = plgpu.kernel(
-        attend, out_type=out, grid=(workers, form.columns), grid_names=("worker", "column"), scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(approx_math=True), interpret=INTERPRET,
+        attend, out_type=tuple(out), grid=(workers, form.columns), grid_names=("worker", "column"),
+        scratch_types=scratch, compiler_params=plgpu.CompilerParams(approx_math=True), interpret=INTERPRET,
     )  # fmt: skip
-    return kernel(*leaves)
+    got = kernel(*leaves)
+    return got if x.before is None else (*got, x.before)

@@ -11,7 +11,8 @@ from jaxtyping import Array
 
 from pallas_attn.core.formats import Format
 from pallas_attn.ops.paged_attention.mosaic_config import Form
-from pallas_attn.ops.paged_attention.mosaic_worker import FAR, SCALE_RANK, Inputs, Sequence, scale_at, share
+from pallas_attn.ops.paged_attention.mosaic_share import share
+from pallas_attn.ops.paged_attention.mosaic_worker import FAR, SCALE_RANK, Inputs, Sequence, scale_at
 from pallas_attn.ops.paged_attention.problem import Problem
 from pallas_attn.runtime.mosaic import LOG2E, SMS, row_layout
 
@@ -51,7 +52,7 @@ def merge(
 
     def combine(*refs):
         ins, outs, tiles = refs[: len(arrays)], refs[len(arrays) : -2], refs[-2:]
-        _merge(p, form, workers, band, together, given, rank, ins, outs, tiles)
+        _merge(p, form, workers, band, together, given, rank, ins, outs, tiles, interpret)
 
     kernel = plgpu.kernel(
         combine, out_type=tuple(out), grid=(p.seqs, columns, depth // band), grid_names=("seq", "column", "band"),
@@ -62,7 +63,7 @@ def merge(
     return tuple(g.reshape(s) for g, s in zip(got, shapes, strict=False))
 
 
-def _merge(p: Problem, form, workers, band, together, given, rank, ins, outs, tiles) -> None:
+def _merge(p: Problem, form, workers, band, together, given, rank, ins, outs, tiles, interpret) -> None:
     partial, stats, cu_q_lens, kv_lens, live, before, sinks, v_scale, out_scale = ins
     o_tile, row_tile = tiles
     b, column, part = (lax.axis_index(name) for name in ("seq", "column", "band"))
@@ -74,12 +75,13 @@ def _merge(p: Problem, form, workers, band, together, given, rank, ins, outs, ti
     layout = row_layout(band)
     of_rows = layout.reduce(1)
     spread = lambda v: lax.broadcast_in_dim(v, (rows, band), [0])  # noqa: E731
+    value_scale = None if rank is None else scale_at(v_scale, rank, b, lax.div(unit, jnp.int32(form.parts)))
+    rounding_scale = out_scale[0]
+    if interpret is None:  # launched before the workers have ended: nothing of theirs is read sooner, nothing written
+        plgpu.griddepcontrol_wait()
     _, each = share(before, p.seqs, workers)
     low, count = lax.div(before[b], each), before[b + 1] - before[b]
     parts = jnp.where(count > 0, lax.div(before[b + 1] - 1, each) - low + 1, 0)
-    # Read here, they are on their way while the partial results are.
-    value_scale = None if rank is None else scale_at(v_scale, rank, b, lax.div(unit, jnp.int32(form.parts)))
-    rounding_scale = out_scale[0]
 
     def load(ref, how):
         return plgpu.load(ref, layout=how, optimized=False)

@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_attn.core.batch import TILE
 from pallas_attn.core.formats import INT8
 from pallas_attn.ops.paged_attention.mosaic_config import FP8, Config, Form
+from pallas_attn.ops.paged_attention.mosaic_share import find, share, tally, tiles
 from pallas_attn.ops.paged_attention.problem import Problem
 from pallas_attn.runtime.mosaic import (
     ACC,
@@ -23,7 +24,6 @@ from pallas_attn.runtime.mosaic import (
 )  # fmt: skip
 
 FAR = -1e30  # stands for -inf in the running maximum: -inf less -inf is NaN
-CHUNK = 1024  # sequences that the search for a worker's first one looks at at once
 
 
 class Inputs(NamedTuple):
@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
     kv_lens: Any
     cu_q_lens: Any
     live: Any  # [1]
-    before: Any  # Schedule.before
+    before: Any  # Schedule.before, or None: the workers count
     scale: Any  # [1]
     q_scale: Any  # [1], or [T, V, part]
     k_scale: Any  # as the cache has it, at least [1]
@@ -51,22 +51,6 @@ def scale_at(ref, rank: int, b, head):
 
 
 SCALE_RANK = {"tensor": 0, "head": 1, "seq_head": 2}
-
-
-def find(before, first, last):
-    """The sequences that tiles `first` and `last` of the flat list belong to, by one vote of all threads."""
-    votes = jnp.int32(0)
-    for at in range(0, before.shape[0], CHUNK):
-        size = min(CHUNK, before.shape[0] - at)
-        starts = plgpu.load(before.at[pl.ds(at, size)], layout=Layout.WG_STRIDED((size,), vec_size=1), optimized=False)
-        votes += jnp.sum((starts <= first).astype(jnp.int32) + (starts <= last).astype(jnp.int32) * 2**16)
-    return (votes & (2**16 - 1)) - 1, lax.shift_right_logical(votes, jnp.int32(16)) - 1
-
-
-def share(before, seqs: int, workers: int):
-    """(tiles in all, tiles of each worker)."""
-    total = before[seqs]
-    return total, jnp.maximum(lax.div(total + (workers - 1), jnp.int32(workers)), 1)
 
 
 class Sequence(NamedTuple):
@@ -122,9 +106,10 @@ class Worker:
     q_ready: Any
     ready: Any
     token_scales: Any = None
+    counted: Any = None  # where the tiles before each sequence go for the merge if there is no schedule
 
     def run(self) -> None:
-        """All sequences that the worker has tiles of."""
+        """All sequences that the worker has tiles of; the last results may still be on their way."""
         p, form, x = self.p, self.form, self.x
         self.narrow = p.kv_format.dtype.itemsize == 1
         self.widen_keys = p.kv_format.dtype == INT8
@@ -139,18 +124,24 @@ class Worker:
         # Numbers that are wanted late are asked for early.
         rank = SCALE_RANK.get(p.kv_format.granularity)
         self.scale = x.scale[0] * x.k_scale[0] if rank == 0 else x.scale[0]
-        total, each = share(x.before, p.seqs, self.workers)
+        before = self.count(column) if x.before is None else x.before
+        total, each = share(before, p.seqs, self.workers)
         self.start = jnp.minimum(self.worker * each, total)
         self.end = jnp.minimum(self.start + each, total)
-        first, last = find(x.before, self.start, self.end - 1)
+        first, last = find(before, self.start, self.end - 1)
         touched = jnp.where(self.end > self.start, last - first + 1, 0)
+        lax.fori_loop(0, touched, lambda i, begin: self.segment(first + i, begin), before[first])
 
-        def segment(i, carry):
-            self.segment(first + i)
-            return carry
+    def count(self, column):
+        """What the schedule would hold, here until the first query comes, and by the first worker for the merge."""
+        before = tally(self.p, self.x, self.phases[-1])
 
-        lax.fori_loop(0, touched, segment, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        def leave() -> None:
+            for at in range(0, before.shape[0], 128):
+                plgpu.copy_smem_to_gmem(before.at[pl.ds(at, 128)], self.counted.at[pl.ds(at, 128)])
+
+        pl.when((self.worker == 0) & (column == 0))(leave)
+        return before
 
     # Loading
 
@@ -255,8 +246,9 @@ class Worker:
 
     # Computing
 
-    def segment(self, b) -> None:
-        """One sequence of the worker's: its partial result goes to slot worker + b."""
+    def segment(self, b, begin):
+        """One sequence of the worker's, whose tiles begin at `begin` of the flat list: its partial result goes to slot
+        worker + b. Returns where the next one's tiles begin."""
         p, x, config = self.p, self.x, self.config
         seq = Sequence.read(p, x, b)
         # Both worker and sequence rise along the list, so no two pairs share a slot.
@@ -266,8 +258,9 @@ class Worker:
             window, oldest = x.window[0], seq.kv_len - seq.q_len + 1
             skipped = lax.div(jnp.where(window > 0, jnp.maximum(oldest - window, 0), 0), jnp.int32(TILE))
             low = jnp.where(window > 0, jnp.maximum(oldest + self.block * self.form.span - window, 0), 0)
-        tile0 = skipped + jnp.maximum(self.start - x.before[b], 0)
-        count = skipped + jnp.minimum(self.end, x.before[b + 1]) - x.before[b] - tile0
+        following = begin + tiles(p, x, b, x.kv_lens[b], x.cu_q_lens[b + 1] - x.cu_q_lens[b])
+        tile0 = skipped + jnp.maximum(self.start - begin, 0)
+        count = skipped + jnp.minimum(self.end, following) - begin - tile0
         s = _Segment(b, seq, tile0, count, low)
         for stage in range(config.stages):
             pl.when(stage < count)(lambda stage=stage: self.fetch(s, tile0 + stage, stage))
@@ -301,6 +294,7 @@ class Worker:
             column = self.form.column(self.unit, h, self.block)
             plgpu.copy_smem_to_gmem(self.o_tile.at[h], self.partial.at[slot, column])
             plgpu.copy_smem_to_gmem(self.stats_tile.at[h], self.stats.at[slot, column])
+        return following
 
     def last_of_all(self, seq: Sequence):
         """How many tokens from the first every row of the block sees, a window aside."""

@@ -1,0 +1,68 @@
+"""`compute-sanitizer --tool memcheck python -m bench.sanitize`, or racecheck: a few cache writes and decodes, each once
+and checked, while the tool watches every access to memory."""
+
+import os
+
+if __name__ == "__main__":
+    # Every buffer by itself: inside one large pool an access past the end of a buffer would be none.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_attn as pa
+
+KV_LENS = (200, 0, 64, 5, 131, 1)
+# Format, layout, page size, kv heads, query heads, head dim, query tokens, with a schedule, options.
+CELLS = [
+    (pa.E4M3_TENSOR, pa.HND, 64, 8, 32, 128, 1, False, {}),
+    (pa.E4M3_TENSOR, pa.NHD, 16, 8, 32, 128, 1, True, {"soft_cap": 2.0, "mask": pa.Mask(window=70)}),
+    (pa.E5M2_TOKEN_HEAD, pa.HND, 128, 2, 8, 64, 2, False, {"mask": pa.Mask(window=70)}),
+    (pa.INT8_TOKEN_HEAD, pa.INTERLEAVED, 32, 3, 6, 128, 1, True, {}),
+    (pa.BF16, pa.PACKED, 256, 2, 32, 64, 4, False, {}),
+    (pa.E4M3_HEAD, pa.NHD, 64, 1, 16, 256, 1, False, {}),
+]
+
+
+def run(cell: tuple, backend: str | None) -> float:
+    """Relative error of one cell: a prompt written into the cache, then its last tokens decoded from there."""
+    format, layout, page_size, kv_heads, q_heads, dim, q_tokens, scheduled, options = cell
+    rng = np.random.default_rng(0)
+    owned = [-(-n // page_size) for n in KV_LENS]
+    order = rng.permutation(sum(owned)).astype(np.int32)
+    table = np.zeros((len(owned), max(owned)), np.int32)
+    for row, end, count in zip(table, np.cumsum(owned), owned, strict=True):
+        row[:count] = order[end - count : end]
+    scales = {"tensor": 0.02, "head": jnp.linspace(0.02, 0.04, kv_heads)}.get(format.granularity)
+    given = {} if scales is None else {"k_scale": scales, "v_scale": scales}
+    cache = pa.PagedKVCache.allocate(sum(owned), page_size, kv_heads, dim, format=format, layout=layout, **given)
+    # Three tokens more than there are: they have no slot.
+    k, v = (jnp.asarray(rng.standard_normal((sum(KV_LENS) + 3, kv_heads, dim)), jnp.bfloat16) for _ in "kv")
+    prompt = pa.RaggedBatch(jnp.asarray(table), jnp.array(KV_LENS), jnp.cumsum(jnp.array([0, *KV_LENS])))
+    cache = pa.write_kv(cache, k, v, prompt.slot_mapping(len(k), page_size), backend=backend)
+    q_lens = [min(n, q_tokens) for n in KV_LENS]
+    batch = pa.RaggedBatch(prompt.page_table, prompt.kv_lens, jnp.cumsum(jnp.array([0, *q_lens])), max_q_len=q_tokens)
+    batch = batch.with_schedule(70 if options.get("mask") else None) if scheduled else batch
+    q = jnp.asarray(rng.standard_normal((sum(q_lens) + 3, q_heads, dim)), jnp.bfloat16)
+    out = pa.paged_attention(q, cache, batch, backend=backend, out=jnp.float32, **options)
+    # The tool slows what runs on the GPU, and only the kernels are its business.
+    args = jax.device_put((q, cache, batch), jax.devices("cpu")[0])
+    want = np.asarray(pa.reference.paged_attention(*args, out=jnp.float32, **options), np.float64)
+    return float(np.linalg.norm(np.asarray(out, np.float64) - want) / np.linalg.norm(want))
+
+
+def main() -> None:
+    """Every cell once; an error past that of the kernels' arithmetic is one."""
+    backend = "mosaic" if jax.default_backend() == "gpu" else None
+    if backend is None:
+        print("no GPU here: the portable backend")
+    for cell in CELLS:
+        error = run(cell, backend)
+        format, layout, page_size, kv_heads, q_heads, dim, q_tokens, *_ = cell
+        print(f"{format} {layout} {page_size} {q_heads}/{kv_heads} {dim} {q_tokens}: error {error:.1e}", flush=True)
+        assert error < 4e-3
+
+
+if __name__ == "__main__":
+    main()
