@@ -22,8 +22,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.formats import INT8
 from pallas_attn.core.quantized import Quantized
+from pallas_attn.ops.paged_attention import mosaic_prefill_block
 from pallas_attn.ops.paged_attention.mosaic_config import FP8
-from pallas_attn.ops.paged_attention.mosaic_prefill_block import Block, Form, Inputs
+from pallas_attn.ops.paged_attention.mosaic_prefill_block import WARPGROUPS, Block, Form, Inputs
 from pallas_attn.ops.paged_attention.problem import Args, Problem
 from pallas_attn.runtime.mosaic import ROWS, SHARED, swizzled
 
@@ -35,14 +36,12 @@ class Config:
     """What a tuner may choose.
 
     tile: tokens of a step. keys, values, wide: tiles in flight of keys, of values, and of what is widened.
-    warpgroups: of 64 rows each that compute; three widen less for each row.
     """
 
     tile: int = 128
     keys: int = 3
     values: int = 2
     wide: int = 2
-    warpgroups: int = 2
 
 
 def supports(p: Problem) -> str | None:
@@ -80,7 +79,7 @@ def form_of(p: Problem, config: Config) -> Form:
     exact = p.q_format.quantized or jnp.finfo(operand).nmant >= jnp.finfo(p.q_format.dtype).nmant
     return Form(
         config.tile, part, p.group // part, ROWS // part, 1 if exact else 2, jnp.dtype(operand), jnp.dtype(wide),
-        config.keys, config.values, config.wide, config.warpgroups,
+        config.keys, config.values, config.wide,
     )  # fmt: skip
 
 
@@ -91,7 +90,7 @@ def run(p: Problem, *arrays, config: Config | None = None):
     form = form_of(p, config)
     units = p.kv_heads * form.parts
     # Sequence b has the blocks from floor(first token / tokens of a block) + b on: enough of them, found by a search.
-    blocks = p.tokens // (form.warpgroups * form.span) + p.seqs + 1
+    blocks = p.tokens // (WARPGROUPS * form.span) + p.seqs + 1
     inputs = inputs_of(p, form, args)
     leaves, tree = jax.tree.flatten(inputs)
     out = [jax.ShapeDtypeStruct((p.tokens, units, form.part, p.v_head_dim), p.out_dtype)]
@@ -104,8 +103,8 @@ def run(p: Problem, *arrays, config: Config | None = None):
 
     kernel = plgpu.kernel(
         prefill, out_type=tuple(out), grid=(blocks * units,), grid_names=("cell",), scratch_types=scratch_of(p, form),
-        num_threads=form.warpgroups + 1, thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        num_threads=WARPGROUPS + 1, thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True), interpret=mosaic_prefill_block.INTERPRET,
     )  # fmt: skip
     got = kernel(*leaves)
     shapes = ((p.tokens, p.q_heads, p.v_head_dim), (p.tokens, p.q_heads))
@@ -142,30 +141,35 @@ def scratch_of(p: Problem, form: Form) -> dict[str, Any]:
     # The query as it comes, as the matrix unit takes it, and the result are never alive together in a warpgroup. Each
     # fills as many bytes of its own, so that no warpgroup reaches into the other's. Results of 4 bytes leave in halves.
     out_depth = min(depth, 2 * depth // p.out_dtype.itemsize)
-    widths = depth * p.q_format.dtype.itemsize, form.terms * depth * form.operand.itemsize, out_depth * p.out_dtype.itemsize
+    widths = (
+        depth * p.q_format.dtype.itemsize,
+        form.terms * depth * form.operand.itemsize,
+        out_depth * p.out_dtype.itemsize,
+    )
     rows = [ROWS * max(widths) // w for w in widths]
     of_query = [
-        plgpu.SMEM((form.warpgroups, rows[0], depth), p.q_format.dtype),
-        plgpu.SMEM((form.warpgroups, rows[1] * form.terms, depth), form.operand, transforms=swizzled(form.operand, depth)),
-        plgpu.SMEM((form.warpgroups, rows[2], out_depth), p.out_dtype),
+        plgpu.SMEM((WARPGROUPS, rows[0], depth), p.q_format.dtype),
+        plgpu.SMEM((WARPGROUPS, rows[1] * form.terms, depth), form.operand, transforms=swizzled(form.operand, depth)),
+        plgpu.SMEM((WARPGROUPS, rows[2], out_depth), p.out_dtype),
     ]
     pages = max(tile // p.page_size, 1)
     barrier = plgpu.Barrier
     scratch: dict[str, Any] = {
         "of_query": plgpu.RefUnion(*of_query),
-        "row_values": plgpu.SMEM((form.warpgroups, ROWS), jnp.float32),
+        "row_values": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "k_ring": plgpu.SMEM((form.keys, tile, depth), stored, transforms=swizzled(stored, depth)),
         "v_ring": plgpu.SMEM((form.values, tile, depth), stored, transforms=swizzled(stored, depth)),
-        "q_here": barrier(num_arrivals=1 if form.part == 1 else form.span, num_barriers=form.warpgroups),
+        "q_here": barrier(num_arrivals=1 if form.part == 1 else form.span, num_barriers=WARPGROUPS),
         "k_here": barrier(num_arrivals=pages, num_barriers=form.keys),
         "v_here": barrier(num_arrivals=pages, num_barriers=form.values),
-        "k_used": barrier(num_arrivals=form.warpgroups, num_barriers=form.keys),
+        "k_used": barrier(num_arrivals=WARPGROUPS, num_barriers=form.keys),
         "v_ready": barrier(num_barriers=form.value_slots(p)),
-        "turn": barrier(num_barriers=form.warpgroups),
-        "v_used": barrier(num_arrivals=form.warpgroups, num_barriers=form.value_slots(p)),
+        "v_used": barrier(num_arrivals=WARPGROUPS, num_barriers=form.value_slots(p)),
     }
     if stored.itemsize == 1:
-        scratch["v_wide"] = plgpu.SMEM((form.wide, tile, depth), form.wide_type, transforms=swizzled(form.wide_type, depth))
+        scratch["v_wide"] = plgpu.SMEM(
+            (form.wide, tile, depth), form.wide_type, transforms=swizzled(form.wide_type, depth)
+        )
     if form.relays_keys(p):
         scratch["k_ready"] = barrier(num_barriers=form.keys)
     if stored == INT8:
@@ -173,6 +177,8 @@ def scratch_of(p: Problem, form: Form) -> dict[str, Any]:
     if p.kv_format.granularity == "token_head":
         scratch["k_scales"] = plgpu.SMEM((form.keys, tile), jnp.float32)
         scratch["v_scales"] = plgpu.SMEM((form.keys, tile), jnp.float32)
+    if mosaic_prefill_block.INTERPRET is not None:
+        scratch["stand_ins"] = [plgpu.SMEM((WARPGROUPS, ROWS, n), jnp.float32) for n in (tile, depth)]
     return scratch
 
 
@@ -182,6 +188,10 @@ def shared_bytes(p: Problem, config: Config) -> int:
     def size(x) -> int:
         if isinstance(x, plgpu.RefUnion):
             return max(map(size, x.refs))
-        return 0 if isinstance(x, plgpu.Barrier) else -(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // 1024) * 1024
+        if isinstance(x, list):
+            return 0
+        return (
+            0 if isinstance(x, plgpu.Barrier) else -(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // 1024) * 1024
+        )
 
     return sum(map(size, scratch_of(p, form_of(p, config)).values())) + 4096

@@ -15,10 +15,9 @@ from pallas_attn.ops.paged_attention.mosaic_worker import FAR, SCALE_RANK, _via_
 from pallas_attn.ops.paged_attention.problem import Problem
 from pallas_attn.runtime.mosaic import ACC, LOG2E, OVER_COLUMNS, OVER_ROWS, ROWS, Layout, row_layout, token_layout
 
-# Registers of a thread that computes and of one that loads: all together no more than there were at the launch (504 for
-# three warpgroups, 512 for four), or they wait for ever.
-REGISTERS = {2: (216, 72), 3: (152, 56)}
-TURNS = 1
+INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernel on a CPU
+WARPGROUPS = 2  # that compute; one more loads and widens
+COMPUTES, LOADS = 216, 72  # registers of a thread, of three times 168: if they asked for more they would wait for ever
 EVER = 2**30  # tokens: more than any sequence has
 
 
@@ -35,7 +34,6 @@ class Form(NamedTuple):
     keys: int
     values: int
     wide: int
-    warpgroups: int  # that compute; one more loads and widens
 
     def value_slots(self, p: Problem) -> int:
         """Tiles of values that the matrix unit can read."""
@@ -96,9 +94,9 @@ class Block:
     v_wide: Any = None
     k_ready: Any = None
     k_wide: Any = None
+    stand_ins: Any = None  # for accumulators, in the interpreter
     k_scales: Any = None
     v_scales: Any = None
-    turn: Any = None
 
     def run(self) -> None:
         """Find the block's sequence and, if there is something to do, do each warpgroup's part."""
@@ -114,7 +112,7 @@ class Block:
         self.unit = lax.rem(cell, units)
         self.head = lax.div(self.unit, jnp.int32(form.parts))
         self.live = jnp.clip(x.live[0], 0, p.seqs)
-        tokens = form.warpgroups * form.span
+        tokens = WARPGROUPS * form.span
         number = self.find(index, tokens)
         self.b = jnp.minimum(number, p.seqs - 1)
         # What comes after the last sequence is padding: it sees no key.
@@ -150,7 +148,7 @@ class Block:
         """The tiles that the block sees, and the two roles."""
         p, form = self.p, self.form
         first = self.context + self.at  # position of the first row
-        last = jnp.minimum(first + form.warpgroups * form.span, self.kv_len) - 1
+        last = jnp.minimum(first + WARPGROUPS * form.span, self.kv_len) - 1
         self.end, self.clear = self.kv_len, jnp.minimum(first + 1, self.kv_len)  # clear: seen by every row
         if "per-sequence causal" in p.options:
             causal = self.x.causal[self.b] != 0
@@ -171,8 +169,8 @@ class Block:
         # A block that sees nothing has one tile, all of it masked.
         self.count = jnp.maximum(lax.div(self.end + (form.tile - 1), tile) - self.tile0, 1)
         role = lax.axis_index("warpgroup")
-        pl.when(role < form.warpgroups)(lambda: self.compute(role))
-        pl.when(role == form.warpgroups)(self.load)
+        pl.when(role < WARPGROUPS)(lambda: self.compute(role))
+        pl.when(role == WARPGROUPS)(self.load)
 
     # Loading and widening
 
@@ -206,33 +204,34 @@ class Block:
 
     def fetch(self, side: int, t, pages) -> None:
         """Start the copies of keys or values of tile t."""
-        ring, here, slots = ((self.k_ring, self.k_here, self.form.keys), (self.v_ring, self.v_here, self.form.values))[side]
+        ring, here, slots = ((self.k_ring, self.k_here, self.form.keys), (self.v_ring, self.v_here, self.form.values))[
+            side
+        ]
         slot, size = lax.rem(t, jnp.int32(slots)), min(self.p.page_size, self.form.tile)
         for j, page in enumerate(pages):
             source = self.source(side, jnp.clip(page, 0, self.p.pages - 1), self.tile0 + t)
             plgpu.copy_gmem_to_smem(source, ring.at[slot, pl.ds(j * size, size)], here.at[slot])
 
     def load(self) -> None:
-        """The third warpgroup: keys and values of every tile."""
+        """The third warpgroup: tiles are copied as slots become free, and become what the matrix unit takes."""
         form = self.form
-        plgpu.set_max_registers(REGISTERS[form.warpgroups][1], action="decrease")
-        value_slots = form.value_slots(self.p)
+        plgpu.set_max_registers(LOADS, action="decrease")
         for t in range(max(form.keys, form.values)):
             pages = self.pages(jnp.int32(t))
             for side, slots in enumerate((form.keys, form.values)):
                 if t < slots:
                     pl.when(t < self.count)(lambda t=t, side=side, pages=pages: self.fetch(side, jnp.int32(t), pages))
+        slots = form.value_slots(self.p)
 
         def step(t, carry):
             next_keys, next_values = carry  # pages, looked up one step before they are wanted
             if self.relays:
                 self.relay_keys(t)
-            slot, out = lax.rem(t, jnp.int32(form.values)), lax.rem(t, jnp.int32(value_slots))
+            slot, out = lax.rem(t, jnp.int32(form.values)), lax.rem(t, jnp.int32(slots))
             plgpu.barrier_wait(self.v_here.at[slot])
             if self.narrow:
-                pl.when(t >= form.wide)(lambda: plgpu.barrier_wait(self.v_used.at[out]))
+                pl.when(t >= slots)(lambda: plgpu.barrier_wait(self.v_used.at[out]))
             self.pass_values(t, slot, out)
-            plgpu.commit_smem()
             plgpu.barrier_arrive(self.v_ready.at[out])
             if self.narrow:
                 pl.when(t + form.values < self.count)(lambda: self.fetch(1, t + form.values, next_values))
@@ -242,7 +241,7 @@ class Block:
                 plgpu.barrier_wait(self.k_used.at[lax.rem(before, jnp.int32(form.keys))])
                 pl.when(before + form.keys < self.count)(lambda: self.fetch(0, before + form.keys, next_keys))
                 if not self.narrow:
-                    plgpu.barrier_wait(self.v_used.at[lax.rem(before, jnp.int32(form.values))])
+                    plgpu.barrier_wait(self.v_used.at[lax.rem(before, jnp.int32(slots))])
                     pl.when(before + form.values < self.count)(lambda: self.fetch(1, before + form.values, next_values))
 
             pl.when(t > 0)(refill)
@@ -250,31 +249,35 @@ class Block:
 
         pages = self.pages(jnp.int32(form.keys - 1)), self.pages(jnp.int32(form.values - 1 + self.narrow))
         lax.fori_loop(0, self.count, step, pages)
+        # What is still to come: no barrier is left in the middle of a phase that nobody saw.
+        plgpu.barrier_wait(self.k_used.at[lax.rem(self.count - 1, jnp.int32(form.keys))])
+        left = jnp.maximum(self.count - (slots if self.narrow else 1), 0)
 
-    def real_tokens(self, t, i: int, layout):
-        """bool [64, D], whether a token of the i-th part of tile t is seen by a row: what else is there may be NaN."""
-        first = (self.tile0 + t) * self.form.tile + i * ROWS
-        return plgpu.broadcasted_iota(jnp.int32, (ROWS, self.p.v_head_dim), 0, layout=layout) + first < self.end
+        def drain(t, carry):
+            plgpu.barrier_wait(self.v_used.at[lax.rem(t, jnp.int32(slots))])
+            return carry
+
+        lax.fori_loop(left, self.count, drain, jnp.int32(0))
 
     def pass_values(self, t, slot, out) -> None:
-        """Values of a tile where the matrix unit can read them, zero where none were written: 0 x NaN is NaN."""
-        form = self.form
-        ends = (self.tile0 + t + 1) * form.tile > self.end
+        """Values of a tile where the matrix unit can read them, zero where no row looks: 0 x NaN is NaN."""
+        form, first = self.form, (self.tile0 + t) * self.form.tile
+        ends = first + form.tile > self.end
+        source = self.v_ring.at[slot]
+
+        def real(layout):
+            token = plgpu.broadcasted_iota(jnp.int32, source.shape, 0, layout=layout)
+            return token + first < self.end
 
         def widen(masked: bool) -> None:
-            for i in range(form.tile // ROWS):
-                rows = pl.ds(i * ROWS, ROWS)
-                x = plgpu.load(self.v_ring.at[slot, rows], layout=self.wide_layout, optimized=False).astype(form.wide_type)
-                if masked:
-                    real = self.real_tokens(t, i, self.wide_layout)
-                    x = jnp.where(real, x, jnp.zeros((), x.dtype))
-                self.v_wide[out, rows] = x
+            x = plgpu.load(source, layout=self.wide_layout, optimized=False).astype(form.wide_type)
+            self.v_wide[out] = jnp.where(real(self.wide_layout), x, jnp.zeros((), x.dtype)) if masked else x
+            plgpu.commit_smem()
 
         def clean() -> None:
-            for i in range(form.tile // ROWS):
-                ref = self.v_ring.at[slot, pl.ds(i * ROWS, ROWS)]
-                real = self.real_tokens(t, i, Layout.WGMMA)
-                ref[...] = jnp.where(real, plgpu.load(ref, layout=Layout.WGMMA), jnp.zeros((), ref.dtype))
+            x = plgpu.load(source, layout=Layout.WGMMA)
+            source[...] = jnp.where(real(Layout.WGMMA), x, jnp.zeros((), x.dtype))
+            plgpu.commit_smem()
 
         if self.narrow:
             pl.when(ends)(lambda: widen(True))
@@ -288,10 +291,8 @@ class Block:
         slot = lax.rem(t, jnp.int32(form.keys))
         plgpu.barrier_wait(self.k_here.at[slot])
         if self.k_wide is not None:
-            for i in range(form.tile // ROWS):
-                rows = pl.ds(i * ROWS, ROWS)
-                x = plgpu.load(self.k_ring.at[slot, rows], layout=self.wide_layout, optimized=False)
-                self.k_wide[slot, rows] = x.astype(form.operand)
+            x = plgpu.load(self.k_ring.at[slot], layout=self.wide_layout, optimized=False)
+            self.k_wide[slot] = x.astype(form.operand)
         if self.per_token:
             for side in range(2):
                 self.fetch_scales(side, t, slot)
@@ -301,7 +302,11 @@ class Block:
     def fetch_scales(self, side: int, t, slot) -> None:
         """Scales per token of a tile; copies by TMA would have to begin at multiples of 128 bytes."""
         size, tile = min(self.p.page_size, self.form.tile), self.tile0 + t
-        scale, to, inside = (self.x.k_scale, self.x.v_scale)[side], (self.k_scales, self.v_scales)[side], self.inside(tile)
+        scale, to, inside = (
+            (self.x.k_scale, self.x.v_scale)[side],
+            (self.k_scales, self.v_scales)[side],
+            self.inside(tile),
+        )
         for j, page in enumerate(self.pages(t)):
             page = jnp.clip(page, 0, self.p.pages - 1)
             where = (page, self.head, inside) if self.p.layout.head_major else (page, inside, self.head)
@@ -312,42 +317,40 @@ class Block:
     def compute(self, role) -> None:
         """One warpgroup's 64 rows."""
         form, p = self.form, self.p
-        plgpu.set_max_registers(REGISTERS[form.warpgroups][0], action="increase")
+        plgpu.set_max_registers(COMPUTES, action="increase")
         self.role = role
         self.mine = self.at + role * form.span  # first token of the rows
         self.load_query()
         factor = self.row_factor()
-        whole_from = jnp.clip(lax.div(self.low_clear + (form.tile - 1), jnp.int32(form.tile)) - self.tile0, 1, self.count)
+        whole_from = jnp.clip(
+            lax.div(self.low_clear + (form.tile - 1), jnp.int32(form.tile)) - self.tile0, 1, self.count
+        )
         whole_to = jnp.clip(lax.div(self.clear, jnp.int32(form.tile)) - self.tile0, whole_from, self.count)
         far = plgpu.layout_cast(jnp.full((ROWS,), FAR, jnp.float32), OVER_ROWS)
         zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), OVER_ROWS)
-        if TURNS:
-            pl.when(role == form.warpgroups - 1)(self.pass_turn)
-            plgpu.barrier_wait(self.turn.at[role])
 
         def all_tiles(acc):
             def first(logits):
                 self.multiply_keys(logits, jnp.int32(0))
                 return self.taken(logits, 0, jnp.int32(0))
 
-            s = pl.run_scoped(first, ACC((ROWS, form.tile), jnp.float32))
+            s = self.accumulate(first, 0)
             rows, _ = self.soften(s, factor, jnp.int32(0), far, zero, masked=True)
             rows = rows._replace(weights=rows.weights.astype(form.wide_type))
 
             def step(t, rows, masked):
-                return pl.run_scoped(
-                    lambda logits: self.step(acc, logits, factor, t, rows, masked), ACC((ROWS, form.tile), jnp.float32)
-                )
+                return self.accumulate(lambda logits: self.step(acc, logits, factor, t, rows, masked), 0)
 
             if "window" in p.options:
                 rows = lax.fori_loop(1, whole_from, lambda t, r: step(t, r, True), rows)
             rows = lax.fori_loop(whole_from, whole_to, lambda t, r: step(t, r, False), rows)
             rows = lax.fori_loop(whole_to, self.count, lambda t, r: step(t, r, True), rows)
             self.multiply_values(acc, self.count - 1, rows.weights)
-            if TURNS: self.pass_turn()
-            return acc[...], rows.top, rows.total
+            result = acc[...]
+            self.release_values(self.count - 1)
+            return result, rows.top, rows.total
 
-        acc, top, total = pl.run_scoped(all_tiles, ACC((ROWS, p.v_head_dim), jnp.float32))
+        acc, top, total = self.accumulate(all_tiles, 1)
         self.finish(acc, top, total)
 
     def step(self, acc, logits, factor, t, rows, masked: bool):
@@ -356,17 +359,28 @@ class Block:
         self.multiply_values(acc, t - 1, rows.weights)
         s = self.taken(logits, 1, t)
         rows, keep = self.soften(s, factor, t, rows.top, rows.total, masked)
-        # The wait for a turn keeps the one for the values behind the weights: without it the assembler moves that up.
         # Weights become what the matrix unit reads only when it has read the ones before.
-        weights, total = lax.optimization_barrier((rows.weights, rows.total))
-        if TURNS == 2: self.pass_turn()
-        if TURNS == 0: plgpu.barrier_arrive(self.turn.at[self.role])
-        plgpu.barrier_wait(self.turn.at[self.role])
-        now, weights = lax.optimization_barrier((acc[...], weights))
-        rows = rows._replace(weights=weights.astype(self.form.wide_type), total=total)
-        plgpu.barrier_arrive(self.v_used.at[lax.rem(t - 1, jnp.int32(self.form.value_slots(self.p)))])
+        now, weights = lax.optimization_barrier((acc[...], rows.weights))
+        rows = rows._replace(weights=weights.astype(self.form.wide_type))
+        self.release_values(t - 1)
         acc[...] = now * lax.broadcast_in_dim(keep, now.shape, [0])
         return rows
+
+    def accumulate(self, body, which: int):
+        """body with a zero accumulator: of logits (0) or of values."""
+        if INTERPRET is None:
+            width = (self.form.tile, self.p.v_head_dim)[which]
+            return pl.run_scoped(body, ACC((ROWS, width), jnp.float32))
+        acc = self.stand_ins[which].at[self.role]
+        acc[...] = jnp.zeros(acc.shape, jnp.float32)
+        return body(acc)
+
+    def multiply(self, acc, a, b) -> None:
+        """Start acc += a b in the matrix unit."""
+        if INTERPRET is None:
+            plgpu.wgmma(acc, a, b)
+        else:
+            acc[...] += jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32))
 
     def multiply_keys(self, logits, t) -> None:
         """Start S = Q K^T of tile t."""
@@ -375,29 +389,29 @@ class Block:
         plgpu.barrier_wait((self.k_ready if self.relays else self.k_here).at[slot])
         keys = (self.k_ring if self.k_wide is None else self.k_wide).at[slot].transpose((1, 0))
         for term in range(form.terms):
-            plgpu.wgmma(logits, self.q_tile.at[self.role, pl.ds(term * ROWS, ROWS)], keys)
+            self.multiply(logits, self.q_tile.at[self.role, pl.ds(term * ROWS, ROWS)], keys)
 
     def multiply_values(self, acc, t, weights) -> None:
         """Start O += P V of tile t."""
         slot = lax.rem(t, jnp.int32(self.form.value_slots(self.p)))
         plgpu.barrier_wait(self.v_ready.at[slot])
-        plgpu.wgmma(acc, weights, (self.v_wide if self.narrow else self.v_ring).at[slot])
+        self.multiply(acc, weights, (self.v_wide if self.narrow else self.v_ring).at[slot])
 
     def taken(self, logits, running: int, t):
         """The logits, once no more than `running` products are under way; the keys' slot is free then."""
-        if TURNS == 1: self.pass_turn()
-        s = lax.optimization_barrier(plgpu.wgmma_accumulator_load(logits, wait_n=running))
+        s = plgpu.wgmma_accumulator_load(logits, wait_n=running) if INTERPRET is None else logits[...]
+        s = lax.optimization_barrier(s)
         if not self.per_token:
             self.release_keys(t)
         return s
 
-    def pass_turn(self) -> None:
-        """The next warpgroup may use the matrix unit."""
-        plgpu.barrier_arrive(self.turn.at[jnp.where(self.role == self.form.warpgroups - 1, 0, self.role + 1)])
-
     def release_keys(self, t) -> None:
         """Tile t's keys, and its scales, are not wanted any more."""
         plgpu.barrier_arrive(self.k_used.at[lax.rem(t, jnp.int32(self.form.keys))])
+
+    def release_values(self, t) -> None:
+        """Tile t's values are not wanted any more."""
+        plgpu.barrier_arrive(self.v_used.at[lax.rem(t, jnp.int32(self.form.value_slots(self.p)))])
 
     def soften(self, s, factor, t, top, total, masked: bool):
         """(the rows with the weights of tile t, what is kept of the sums so far)."""
