@@ -8,7 +8,8 @@ from pallas_attn.runtime.mosaic import SHARED
 
 TILE_BYTES = 16 * 1024  # of one side of a tile of the result
 STAGES = 2
-MOST_ROWS = 256  # of one copy
+MOST_ROWS, MOST_SCALES = 256, 64  # of one tile, and of one whose rows have scales of their own
+MOST_PARTS = 16  # pages of one tile
 MOST_CTAS = 6  # of one SM
 
 
@@ -29,9 +30,10 @@ class Plan(NamedTuple):
 def plan(p: Problem) -> Plan:
     """Tiles of TILE_BYTES or less, and as many CTAs as shared memory holds."""
     dim = max(p.head_dim, p.v_head_dim)
-    most = min(max(TILE_BYTES // (dim * p.dtype.itemsize), 1), MOST_ROWS)
+    rows = MOST_ROWS if p.format.granularity in ("none", "tensor") else MOST_SCALES
+    most = min(max(TILE_BYTES // (dim * p.dtype.itemsize), 1), rows)
     heads = -(-p.kv_heads // -(-p.kv_heads // most))
-    fit = max(most // heads, 1)
+    fit = min(max(most // heads, 1), MOST_PARTS * p.page_size)
     tokens = next(t for t in range(min(fit, p.page_size), 0, -1) if p.page_size % t == 0)
     if fit >= p.page_size:
         tokens = fit // p.page_size * p.page_size

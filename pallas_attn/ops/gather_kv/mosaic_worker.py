@@ -186,15 +186,14 @@ class Worker:
         p, heads, tokens = self.p, self.cut.heads, self.cut.tokens
         if p.format.granularity in ("none", "tensor"):
             return
+        each = [(page, r.source + i, r.to + i) for page, r in self.parts(s, t) for i in range(r.rows)]
         for side, scale in enumerate(self.x["scales"]):
             if p.format.granularity == "token_head":
-                found = [scale[page, r.source + i] for page, r in self.parts(s, t) for i in range(r.rows)]
-                rows = [r.to + i for _, r in self.parts(s, t) for i in range(r.rows)]
+                found = [(row, scale[page, source]) for page, source, row in each]
             else:
-                each = [scale[(s.b, self.head + h) if scale.ndim == 2 else self.head + h] for h in range(heads)]
-                rows = range(heads * tokens)
-                found = [each[i // tokens if p.layout.head_major else i % heads] for i in rows]
-            for row, x in zip(rows, found, strict=True):
+                ours = [scale[(s.b, self.head + h) if scale.ndim == 2 else self.head + h] for h in range(heads)]
+                found = [(i, ours[i // tokens if p.layout.head_major else i % heads]) for i in range(heads * tokens)]
+            for row, x in found:
                 self.row_scale[side, row] = x
         plgpu.commit_smem()
 
