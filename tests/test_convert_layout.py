@@ -12,7 +12,7 @@ from problems import FORMATS, LAYOUTS, library_cache, scales_for
 import pallas_attn as pa
 from pallas_attn.core import convert
 
-N, S, K, D = 7, 16, 2, 32
+N, S, K, D = 7, 32, 2, 32
 
 
 def logical(rng, format, v_dim=D, pages=N):
