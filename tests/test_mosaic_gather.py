@@ -9,6 +9,8 @@ import pytest
 from cover import pairwise
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from problems import FORMATS, make
+from test_gather_kv import test_golden as golden_gather
+from test_gather_kv import test_rounded_once as rounded_once
 
 import pallas_attn as pa
 from pallas_attn.core.caches import abstract_cache
@@ -51,8 +53,8 @@ def problem_of(*cell):
 
 def possible(cell):
     layout, dims = cell[1], cell[3]
-    if dims[0] != dims[1]:
-        return layout in ("NHD", "HND")
+    if dims[0] != dims[1] and layout not in ("NHD", "HND"):
+        return False
     return mosaic.supports(problem_of(*cell)) is None
 
 
@@ -162,6 +164,20 @@ def test_wild_numbers_on_gpu(backend):
     got = jax.jit(functools.partial(gather, backend=backend, max_tokens=64))(cache, batch, starts)
     np.testing.assert_array_equal(np.asarray(got.cu_lens), [0, 48, 48, 48])
     assert not np.asarray(got.k, np.float32).any()
+
+
+@pytest.mark.gpu
+def test_golden_on_gpu():
+    golden_gather("cp_mha_gather_nhd_starts", "mosaic")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", ["E4M3_TENSOR", "E5M2_TENSOR"])
+@pytest.mark.parametrize("backend", ["mosaic", "xla"])
+def test_every_code_is_rounded_once_on_gpu(format, dtype, backend):
+    for scale in (0.3, 1.7, 1.0009765625, 113.0):
+        rounded_once(format, scale, np.dtype(DTYPES[dtype]).type, backend)
 
 
 @pytest.mark.gpu

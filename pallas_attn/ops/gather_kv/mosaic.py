@@ -21,7 +21,7 @@ from pallas_attn.runtime.mosaic import SMS
 
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernel on a CPU
 MOST_SEQS = 4096  # their lengths stay in registers
-ALIGNED = 128  # bytes: where a copy that is not of one piece may begin in shared memory
+ALIGNED = 128  # bytes: where a copy may begin in shared memory
 
 
 def supports(p: Problem) -> str | None:
@@ -38,16 +38,12 @@ def supports(p: Problem) -> str | None:
 
 
 def _aligned(p: Problem) -> bool:
-    """Whether copies that are not of one piece, since they step over other heads' rows or the other side's columns,
-    begin where they may in shared memory."""
+    """Whether all copies, whole tiles' and single rows', begin where they may in shared memory."""
     cut, dim = plan(p), math.gcd(p.head_dim, p.v_head_dim)
-    stepping_out = p.layout.head_major and cut.heads > 1
-    if not stepping_out and not p.layout.single:
-        return True
-    starts = {r.to * dim * p.format.dtype.itemsize for part in range(cut.parts(p)) for r in runs(p, cut, 0, 0, part)}
-    if stepping_out:
-        starts.add(cut.tokens * dim * p.dtype.itemsize)
-    return all(start % ALIGNED == 0 for start in starts)
+    stored, result = dim * p.format.dtype.itemsize, dim * p.dtype.itemsize
+    to = [r.to * stored for part in range(cut.parts(p)) for r in runs(p, cut, 0, 0, part)]
+    single = result if p.layout.head_major else cut.heads * result
+    return all(at % ALIGNED == 0 for at in (*to, single))
 
 
 def run(p: Problem, *arrays):

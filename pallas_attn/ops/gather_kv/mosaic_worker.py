@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.formats import INT8
+from pallas_attn.ops.gather_kv import mosaic_plan
 from pallas_attn.ops.gather_kv.mosaic_plan import Plan, padded, runs
 from pallas_attn.ops.gather_kv.problem import Problem
 from pallas_attn.runtime.mosaic import Layout, row_layout, token_layout
@@ -48,83 +49,86 @@ class Worker:
         self.worker, group = lax.axis_index("worker"), lax.axis_index("group")
         # The last share of heads begins early enough to be whole: heads of two shares are written alike by both.
         self.head = jnp.minimum(group * cut.heads, p.kv_heads - cut.heads)
+        self.stride = self.workers if mosaic_plan.STRIDED else 1
         self.survey()
-        before = lambda x, b: jnp.sum(jnp.where(self.index < b, x, 0))  # noqa: E731
         total, rows = jnp.sum(self.tiles), jnp.sum(self.rows)
         used = jnp.minimum(rows, p.max_tokens)
         spare = lax.div(p.max_tokens - used + cut.tokens - 1, jnp.int32(cut.tokens))
         each = lax.div(total + spare + self.workers - 1, jnp.int32(self.workers))
-        self.start = self.worker * each
-        self.end = jnp.minimum(self.start + each, total)
+        start, limit = self.worker * each, jnp.minimum((self.worker + 1) * each, total + spare)
+        if mosaic_plan.STRIDED:
+            start, limit = self.worker, total + spare
+        end = jnp.minimum(limit, total)
+        tile = lax.while_loop(lambda tile: tile < end, lambda tile: self.sequence(tile, end), start)
+        self.fill(used, tile - total, limit - total)
+        pl.when(group == 0)(self.tell_lengths)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        def lengths(i, carry):
+    def tell_lengths(self) -> None:
+        """The worker's share of `cu_lens`."""
+
+        def one(i, carry):
             b = self.worker + i * self.workers
-            self.cu_lens[b] = before(self.rows, b)
+            self.cu_lens[b] = self.before(self.rows, b)
             return carry
 
-        share = lax.div(p.seqs + self.workers - self.worker, jnp.int32(self.workers))
-        lax.fori_loop(0, jnp.where(group == 0, share, 0), lengths, jnp.int32(0))
-        busy = self.start < self.end
-        first, last = self.find(before, self.start), self.find(before, self.end - 1)
-
-        def sequence(i, carry):
-            return self.sequence(first + i, *carry)
-
-        carry = (before(self.tiles, first), before(self.rows, first))
-        lax.fori_loop(0, jnp.where(busy, last - first + 1, 0), sequence, carry)
-        self.fill(used, jnp.maximum(self.start, total) - total, jnp.minimum(self.start + each, total + spare) - total)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        share = lax.div(self.p.seqs + self.workers - self.worker, jnp.int32(self.workers))
+        lax.fori_loop(0, share, one, jnp.int32(0))
 
     # Which tiles
 
     def survey(self) -> None:
         """How many rows and tiles every sequence has: vectors over the sequences, in registers."""
         p, tokens, size = self.p, self.cut.tokens, padded(self.p.seqs)
-        layout = Layout.WG_STRIDED((size,), vec_size=1)
-        for row, source in enumerate((self.x["kv_lens"], self.x["starts"])):
-            self.lens[row] = plgpu.layout_cast(jnp.zeros((size,), jnp.int32), layout)
-            plgpu.commit_smem()
+        # A sum over lanes is one instruction where every warp holds all; long vectors are shared by the warps.
+        layout = token_layout(size) if size <= 512 else Layout.WG_STRIDED((size,), vec_size=1)
+        sources = [x for x in (self.x["kv_lens"], self.x["starts"]) if x is not None]
+        for row, source in enumerate(sources):
             at = 0
             for n in (p.seqs // 32 * 32, *(p.seqs & bit for bit in (16, 8, 4, 2))):
-                if n and source is not None:
+                if n:
                     piece = source.at[pl.ds(at, n)]
                     self.lens[row, pl.ds(at, n)] = plgpu.load(piece, layout=token_layout(n), optimized=False)
                 at += n
-            if p.seqs % 2 and source is not None:
+            if p.seqs % 2:
                 self.lens[row, at] = source[at]
         plgpu.commit_smem()
-        kv_lens, starts = (plgpu.load(self.lens.at[i], layout=layout, optimized=False) for i in (0, 1))
+        lens = [plgpu.load(self.lens.at[row], layout=layout, optimized=False) for row in range(len(sources))]
         self.index = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
+        live = p.seqs if self.x["live"] is None else jnp.minimum(self.x["live"][0], p.seqs)
+        # Whatever stands past the last.
+        kv_lens, starts = (jnp.where(self.index < live, x, 0) for x in (lens[0], lens[-1]))
         kv_lens = jnp.clip(kv_lens, 0, p.pages_per_seq * p.page_size)
-        if self.x["live"] is not None:
-            kv_lens = jnp.where(self.index < self.x["live"][0], kv_lens, 0)
-        first = jnp.clip(starts, 0, kv_lens)
+        first = jnp.clip(starts, 0, kv_lens) if len(sources) > 1 else kv_lens * 0
         self.rows = kv_lens - first
         count = lax.div(kv_lens + (tokens - 1), jnp.int32(tokens)) - lax.div(first, jnp.int32(tokens))
         self.tiles = jnp.where(self.rows > 0, count, 0)
 
-    def find(self, before, tile):
-        """The sequence that a tile of the list belongs to: the last that has at most so many tiles before it."""
-        b = jnp.int32(0)
+    def before(self, x, b):
+        """The sum over the sequences before b."""
+        return jnp.sum(jnp.where(self.index < b, x, 0))
+
+    def find(self, tile):
+        """(sequence, tiles before it, rows before it) of a tile of the list: the last sequence that has at most so many
+        tiles before it."""
+        b, tiles = jnp.int32(0), jnp.int32(0)
         for bit in reversed(range(self.p.seqs.bit_length())):
             further = b + 2**bit
-            b = jnp.where(before(self.tiles, further) <= tile, further, b)
-        return b
+            passed = self.before(self.tiles, further)
+            b, tiles = jnp.where(passed <= tile, further, b), jnp.where(passed <= tile, passed, tiles)
+        return b, tiles, self.before(self.rows, b)
 
-    def sequence(self, b, tiles, rows):
-        """The worker's tiles of sequence b, before which the list has so many tiles and the result so many rows."""
-        p, tokens = self.p, jnp.int32(self.cut.tokens)
-        end = jnp.clip(self.x["kv_lens"][b], 0, p.pages_per_seq * p.page_size)
-        if self.x["live"] is not None:
-            end = jnp.where(b < self.x["live"][0], end, 0)
-        first = jnp.int32(0)
-        if self.x["starts"] is not None:
-            first = jnp.clip(self.x["starts"][b], 0, end)
+    def sequence(self, tile, limit):
+        """The worker's tiles from `tile` on, before `limit`, that belong to one sequence; returns its next."""
+        p, tokens, stride = self.p, jnp.int32(self.cut.tokens), jnp.int32(self.stride)
+        b, tiles, row = self.find(tile)
+        # A tile that belongs to a sequence makes it a real one.
+        end = jnp.clip(self.lens[0, b], 0, p.pages_per_seq * p.page_size)
+        first = jnp.int32(0) if self.x["starts"] is None else jnp.clip(self.lens[1, b], 0, end)
         low = lax.div(first, tokens)
-        count = jnp.where(end > first, lax.div(end + tokens - 1, tokens) - low, 0)
-        skip = jnp.clip(self.start - tiles, 0, count)
-        mine = jnp.clip(self.end - tiles, skip, count) - skip
-        s = Segment(b, first, end, rows, low + skip, mine)
+        after = jnp.minimum(tiles + lax.div(end + tokens - 1, tokens) - low, limit)
+        mine = lax.div(after - tile + stride - 1, stride)
+        s = Segment(b, first, end, row, low + tile - tiles, mine)
         for stage in range(self.cut.stages):
             pl.when(stage < mine)(functools.partial(self.fetch, s, stage, stage))
 
@@ -133,14 +137,14 @@ class Worker:
             return carry
 
         lax.fori_loop(0, mine, step, jnp.int32(0))
-        return tiles + count, rows + end - first
+        return tile + mine * stride
 
     # One tile
 
     def place(self, s: Segment, t, part: int):
         """(page, slot in page) of a part of the worker's tile t, kept inside the table and the cache."""
         p, size = self.p, jnp.int32(self.p.page_size)
-        position = (s.tile + t) * self.cut.tokens + part * min(self.cut.tokens, p.page_size)
+        position = (s.tile + t * self.stride) * self.cut.tokens + part * min(self.cut.tokens, p.page_size)
         # A tile of several pages may go on past the sequence's last.
         column = lax.div(jnp.minimum(position, s.end - 1), size)
         page = jnp.clip(self.x["table"][s.b, column], 0, p.pages - 1)
@@ -166,7 +170,7 @@ class Worker:
     def step(self, s: Segment, t) -> None:
         """Tile t: to numbers, and off."""
         slot = lax.rem(t, jnp.int32(self.cut.stages))
-        at = (s.tile + t) * self.cut.tokens
+        at = (s.tile + t * self.stride) * self.cut.tokens
         low, high = jnp.maximum(s.first - at, 0), jnp.minimum(s.end - at, self.cut.tokens)
         row = s.row + at - s.first
         high = jnp.minimum(high, self.p.max_tokens - row)
@@ -244,10 +248,10 @@ class Worker:
         plgpu.commit_smem_to_gmem_group()
 
     def fill(self, used, start, end) -> None:
-        """Zeros in the tiles from start to end of the rows past the last sequence's."""
+        """Zeros in the worker's tiles from start to end of the rows past the last sequence's."""
 
         def zeros(i, carry):
-            row = used + i * self.cut.tokens
+            row = used + (start + i * self.stride) * self.cut.tokens
             for side in range(2):
                 self.put(side, row, jnp.int32(0), jnp.minimum(self.p.max_tokens - row, self.cut.tokens))
             return carry
@@ -258,6 +262,6 @@ class Worker:
                 layout = row_layout(tile.shape[1] & -tile.shape[1], self.p.dtype.itemsize)
                 tile[...] = plgpu.layout_cast(jnp.zeros(tile.shape, self.p.dtype), layout)
             plgpu.commit_smem()
-            lax.fori_loop(start, end, zeros, jnp.int32(0))
+            lax.fori_loop(0, lax.div(end - start + (self.stride - 1), jnp.int32(self.stride)), zeros, jnp.int32(0))
 
         pl.when(start < end)(clear)
