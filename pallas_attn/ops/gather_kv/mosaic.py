@@ -1,10 +1,11 @@
 """The gather on Hopper: pages to contiguous keys and values by one launch.
 
 The context of all sequences is one list of tiles, each a part of a page or some whole pages, and after it the tiles of
-zeros that fill the result up. A CTA of one warpgroup takes an even share of the list. It finds the sequence it begins
-in by halving, each step one sum over the sequences' tiles by all threads. A tile comes by TMA, goes through registers,
-where its numbers take their scale, and leaves by TMA for its rows of the result, whole, or row by row at the ends of a
-sequence: no copy writes what another sequence owns.
+zeros that fill the result up. The CTAs, of one warpgroup each, deal them out in turn, so that at any time all write to
+one stretch of the result. Which sequence a tile belongs to is found by halving, each step a sum over the sequences'
+tiles: no launch comes before. A tile comes by TMA, goes through registers, where its numbers take their scale, and
+leaves by TMA for its rows of the result, whole, or row by row at the ends of a sequence: no copy writes what another
+sequence owns.
 """
 
 import math

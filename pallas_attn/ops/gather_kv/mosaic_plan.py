@@ -1,7 +1,6 @@
 """How the Hopper gather cuts a problem into tiles, and tiles into copies."""
 
 import functools
-import os
 from typing import Any, NamedTuple
 
 from pallas_attn.ops.gather_kv.problem import Problem
@@ -9,7 +8,6 @@ from pallas_attn.runtime.mosaic import SHARED
 
 TILE_BYTES = 16 * 1024  # of one side of a tile of the result
 STAGES = 2
-STRIDED = bool(os.environ.get("STRIDED"))
 MOST_ROWS, MOST_SCALES = 256, 64  # of one tile, and of one whose rows have scales of their own
 MOST_PARTS = 16  # pages of one tile
 MOST_CTAS = 6  # of one SM

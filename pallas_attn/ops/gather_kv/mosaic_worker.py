@@ -10,7 +10,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.formats import INT8
-from pallas_attn.ops.gather_kv import mosaic_plan
 from pallas_attn.ops.gather_kv.mosaic_plan import Plan, padded, runs
 from pallas_attn.ops.gather_kv.problem import Problem
 from pallas_attn.runtime.mosaic import Layout, row_layout, token_layout
@@ -23,7 +22,7 @@ class Segment(NamedTuple):
     first: Any  # the token of the sequence that is gathered first
     end: Any  # and the one past the last
     row: Any  # of the result, of the first
-    tile: Any  # of the sequence: the worker's first
+    tile: Any  # of the sequence: the worker's first; every so many workers later comes its next
     count: Any  # of the worker's tiles
 
 
@@ -49,18 +48,11 @@ class Worker:
         self.worker, group = lax.axis_index("worker"), lax.axis_index("group")
         # The last share of heads begins early enough to be whole: heads of two shares are written alike by both.
         self.head = jnp.minimum(group * cut.heads, p.kv_heads - cut.heads)
-        self.stride = self.workers if mosaic_plan.STRIDED else 1
         self.survey()
         total, rows = jnp.sum(self.tiles), jnp.sum(self.rows)
         used = jnp.minimum(rows, p.max_tokens)
-        spare = lax.div(p.max_tokens - used + cut.tokens - 1, jnp.int32(cut.tokens))
-        each = lax.div(total + spare + self.workers - 1, jnp.int32(self.workers))
-        start, limit = self.worker * each, jnp.minimum((self.worker + 1) * each, total + spare)
-        if mosaic_plan.STRIDED:
-            start, limit = self.worker, total + spare
-        end = jnp.minimum(limit, total)
-        tile = lax.while_loop(lambda tile: tile < end, lambda tile: self.sequence(tile, end), start)
-        self.fill(used, tile - total, limit - total)
+        tile = lax.while_loop(lambda tile: tile < total, self.sequence, self.worker)
+        self.fill(used, tile - total)
         pl.when(group == 0)(self.tell_lengths)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -96,7 +88,7 @@ class Worker:
         lens = [plgpu.load(self.lens.at[row], layout=layout, optimized=False) for row in range(len(sources))]
         self.index = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
         live = p.seqs if self.x["live"] is None else jnp.minimum(self.x["live"][0], p.seqs)
-        # Whatever stands past the last.
+        # Nothing was put past the last.
         kv_lens, starts = (jnp.where(self.index < live, x, 0) for x in (lens[0], lens[-1]))
         kv_lens = jnp.clip(kv_lens, 0, p.pages_per_seq * p.page_size)
         first = jnp.clip(starts, 0, kv_lens) if len(sources) > 1 else kv_lens * 0
@@ -118,16 +110,16 @@ class Worker:
             b, tiles = jnp.where(passed <= tile, further, b), jnp.where(passed <= tile, passed, tiles)
         return b, tiles, self.before(self.rows, b)
 
-    def sequence(self, tile, limit):
-        """The worker's tiles from `tile` on, before `limit`, that belong to one sequence; returns its next."""
-        p, tokens, stride = self.p, jnp.int32(self.cut.tokens), jnp.int32(self.stride)
+    def sequence(self, tile):
+        """The worker's tiles from `tile` on that belong to one sequence; returns its next."""
+        p, tokens, workers = self.p, jnp.int32(self.cut.tokens), jnp.int32(self.workers)
         b, tiles, row = self.find(tile)
         # A tile that belongs to a sequence makes it a real one.
         end = jnp.clip(self.lens[0, b], 0, p.pages_per_seq * p.page_size)
         first = jnp.int32(0) if self.x["starts"] is None else jnp.clip(self.lens[1, b], 0, end)
         low = lax.div(first, tokens)
-        after = jnp.minimum(tiles + lax.div(end + tokens - 1, tokens) - low, limit)
-        mine = lax.div(after - tile + stride - 1, stride)
+        after = tiles + lax.div(end + tokens - 1, tokens) - low
+        mine = lax.div(after - tile + workers - 1, workers)
         s = Segment(b, first, end, row, low + tile - tiles, mine)
         for stage in range(self.cut.stages):
             pl.when(stage < mine)(functools.partial(self.fetch, s, stage, stage))
@@ -137,14 +129,14 @@ class Worker:
             return carry
 
         lax.fori_loop(0, mine, step, jnp.int32(0))
-        return tile + mine * stride
+        return tile + mine * workers
 
     # One tile
 
     def place(self, s: Segment, t, part: int):
         """(page, slot in page) of a part of the worker's tile t, kept inside the table and the cache."""
         p, size = self.p, jnp.int32(self.p.page_size)
-        position = (s.tile + t * self.stride) * self.cut.tokens + part * min(self.cut.tokens, p.page_size)
+        position = (s.tile + t * self.workers) * self.cut.tokens + part * min(self.cut.tokens, p.page_size)
         # A tile of several pages may go on past the sequence's last.
         column = lax.div(jnp.minimum(position, s.end - 1), size)
         page = jnp.clip(self.x["table"][s.b, column], 0, p.pages - 1)
@@ -170,7 +162,7 @@ class Worker:
     def step(self, s: Segment, t) -> None:
         """Tile t: to numbers, and off."""
         slot = lax.rem(t, jnp.int32(self.cut.stages))
-        at = (s.tile + t * self.stride) * self.cut.tokens
+        at = (s.tile + t * self.workers) * self.cut.tokens
         low, high = jnp.maximum(s.first - at, 0), jnp.minimum(s.end - at, self.cut.tokens)
         row = s.row + at - s.first
         high = jnp.minimum(high, self.p.max_tokens - row)
@@ -227,10 +219,8 @@ class Worker:
                 for h in range(cut.heads):
                     send(tile.at[pl.ds(h * cut.tokens + at, count)], out.at[pl.ds(row + at, count), self.head + h])
             elif cut.heads == self.p.kv_heads:
-                send(
-                    tile.at[pl.ds(at * cut.heads, count * cut.heads)],
-                    out.at[pl.ds((row + at) * cut.heads, count * cut.heads)],
-                )
+                size = count * cut.heads
+                send(tile.at[pl.ds(at * cut.heads, size)], out.at[pl.ds((row + at) * cut.heads, size)])
             else:
                 for i in range(count):
                     to = pl.ds((row + at + i) * self.p.kv_heads + self.head, cut.heads)
@@ -247,13 +237,15 @@ class Worker:
         pl.when(jnp.logical_not(whole))(single)
         plgpu.commit_smem_to_gmem_group()
 
-    def fill(self, used, start, end) -> None:
-        """Zeros in the worker's tiles from start to end of the rows past the last sequence's."""
+    def fill(self, used, first) -> None:
+        """Zeros in the rows past the last sequence's: the worker's tiles of these, from `first` on."""
+        tokens, most = self.cut.tokens, self.p.max_tokens
+        spare = lax.div(most - used + tokens - 1, jnp.int32(tokens))
 
         def zeros(i, carry):
-            row = used + (start + i * self.stride) * self.cut.tokens
+            row = used + (first + i * self.workers) * tokens
             for side in range(2):
-                self.put(side, row, jnp.int32(0), jnp.minimum(self.p.max_tokens - row, self.cut.tokens))
+                self.put(side, row, jnp.int32(0), jnp.minimum(most - row, tokens))
             return carry
 
         def clear() -> None:
@@ -262,6 +254,6 @@ class Worker:
                 layout = row_layout(tile.shape[1] & -tile.shape[1], self.p.dtype.itemsize)
                 tile[...] = plgpu.layout_cast(jnp.zeros(tile.shape, self.p.dtype), layout)
             plgpu.commit_smem()
-            lax.fori_loop(0, lax.div(end - start + (self.stride - 1), jnp.int32(self.stride)), zeros, jnp.int32(0))
+            lax.fori_loop(0, lax.div(spare - first + self.workers - 1, jnp.int32(self.workers)), zeros, jnp.int32(0))
 
-        pl.when(start < end)(clear)
+        pl.when(first < spare)(clear)
