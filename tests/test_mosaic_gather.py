@@ -119,7 +119,7 @@ def test_interpreted(cell, tile, rng, monkeypatch):
     check(got, (cache, batch, starts), keywords)
 
 
-@pytest.mark.parametrize("cell", CELLS[::9], ids=lambda c: "-".join(map(str, c)))
+@pytest.mark.parametrize("cell", CELLS[::15], ids=lambda c: "-".join(map(str, c)))
 def test_lowers_to_one_launch(cell):
     assert lower(*cell).count("stablehlo.custom_call @mosaic_gpu_v2") == 1
 
@@ -176,8 +176,7 @@ def test_golden_on_gpu():
 @pytest.mark.parametrize("format", ["E4M3_TENSOR", "E5M2_TENSOR"])
 @pytest.mark.parametrize("backend", ["mosaic", "xla"])
 def test_every_code_is_rounded_once_on_gpu(format, dtype, backend):
-    for scale in (0.3, 1.7, 1.0009765625, 113.0):
-        rounded_once(format, scale, np.dtype(DTYPES[dtype]).type, backend)
+    rounded_once(format, np.dtype(DTYPES[dtype]).type, backend, scales=(0.3, 1.7, 1.0009765625, 113.0))
 
 
 @pytest.mark.gpu
