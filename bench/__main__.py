@@ -1,4 +1,4 @@
-"""`python -m bench list | run | plot | tune`: the benchmark of paged attention and cache writes."""
+"""`python -m bench list | run | plot | tune`: the benchmark of paged attention, cache writes and gathers."""
 
 import argparse
 import dataclasses
@@ -10,11 +10,13 @@ import jax
 from tabulate import tabulate
 
 import pallas_attn as pa
-from bench import cases, layers, record, side, timing, writes
+from bench import cases, gathers, layers, record, side, timing, writes
 from bench.cases import Case
+from bench.gathers import GatherCase
 from bench.writes import WriteCase
 
-KINDS = {"decode": cases, "prefill": cases, "layers": layers, "write": writes}  # by `case.op`
+type AnyCase = Case | WriteCase | GatherCase
+KINDS = {"decode": cases, "prefill": cases, "layers": layers, "write": writes, "gather": gathers}  # by `case.op`
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,10 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     {"list": show, "run": run, "plot": draw, "tune": search_configs}[args.command](args)
 
 
-def chosen(args: argparse.Namespace) -> list[Case | WriteCase]:
+def chosen(args: argparse.Namespace) -> list[AnyCase]:
     """The cases that the options select."""
     found = [
-        c for c in (*cases.all_cases().values(), *writes.all_cases().values())
+        c for c in (x for kind in (cases, writes, gathers) for x in kind.all_cases().values())
         if fnmatch.fnmatch(c.name, args.case) and args.op in (None, c.op) and args.layout in (None, c.layout.name)
     ]  # fmt: skip
     if not found:
@@ -75,7 +77,9 @@ def run(args: argparse.Namespace) -> None:
                 print(peer.line(), flush=True)
 
 
-def one(case: Case | WriteCase, backend: str | None, repeat: int, scheduled: bool = True) -> record.Result | str:
+def one(
+    case: Case | WriteCase | GatherCase, backend: str | None, repeat: int, scheduled: bool = True
+) -> record.Result | str:
     """Check and time one case; or say why a backend refuses it.
 
     The batch comes with its schedule, as in a serving step: computed once for all layers, outside of what is timed.

@@ -3,6 +3,7 @@
 from pallas_attn import reference as reference
 from pallas_attn.core.batch import RaggedBatch as RaggedBatch
 from pallas_attn.core.caches import PagedKVCache as PagedKVCache
+from pallas_attn.core.convert import convert_layout as convert_layout
 from pallas_attn.core.errors import InvalidInput as InvalidInput
 from pallas_attn.core.errors import Unsupported as Unsupported
 from pallas_attn.core.formats import BF16 as BF16
@@ -37,7 +38,10 @@ from pallas_attn.core.quantized import Quantized as Quantized
 from pallas_attn.core.quantized import dequantize as dequantize
 from pallas_attn.core.quantized import fake_quantize as fake_quantize
 from pallas_attn.core.quantized import quantize as quantize
+from pallas_attn.ops.gather_kv import Gathered as Gathered
+from pallas_attn.ops.gather_kv import gather_kv as gather_kv
 from pallas_attn.ops.kv_cache import write_kv as write_kv
+from pallas_attn.ops.merge_attention import merge_attention as merge_attention
 from pallas_attn.ops.paged_attention import paged_attention as paged_attention
 from pallas_attn.runtime.dispatch import FallbackWarning as FallbackWarning
 from pallas_attn.runtime.dispatch import explain as explain

@@ -2,10 +2,12 @@
 
 import functools
 
+from pallas_attn.ops import gather_kv as _gather_kv
 from pallas_attn.ops import kv_cache as _kv_cache
 from pallas_attn.ops import paged_attention as _paged_attention
 
+gather_kv = functools.partial(_gather_kv.gather_kv, backend="reference")
 paged_attention = functools.partial(_paged_attention.paged_attention, backend="reference")
 write_kv = functools.partial(_kv_cache.write_kv, backend="reference")
 
-__all__ = ["paged_attention", "write_kv"]
+__all__ = ["gather_kv", "paged_attention", "write_kv"]

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import cases, layers, record, sanitize, side, timing, writes
+from bench import cases, gathers, layers, record, sanitize, side, timing, writes
 from bench.timing import Kernel, Timing
 
-ROWS = [r for r in json.loads(cases.PEERS.read_text())["cases"] if r["op"] in ("decode", "prefill")]
+ROWS = [r for r in json.loads(cases.PEERS.read_text())["cases"] if r["op"] in ("decode", "prefill", "gather")]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: r["name"])
 def test_cases_have_the_floors_of_the_table(row):
-    case = cases.all_cases()[row["name"]]
+    every = gathers.all_cases() if row["op"] == "gather" else cases.all_cases()
+    case = every[row["name"]]
     assert case.floor_us == pytest.approx(row["floor_us"], rel=0.01)
     assert case.best_peer[0] == row["best_peer"]
-    assert cases.all_cases()[row["name"] + "_hnd"].layout.name == "HND"
+    assert every[row["name"] + "_hnd"].layout.name == "HND"
 
 
 def test_a_call_lasts_from_its_first_start_to_its_last_end():
@@ -80,6 +81,13 @@ def test_writes_run_and_are_exact():
     assert (line.rel_err, line.best_peer_us, line.case) == (0, None, "write_t8192_token_hnd_small")
 
 
+def test_gathers_run_and_are_exact():
+    case = gathers.all_cases()["gather_b8_c8192_p16_hnd"].small()
+    assert case.bytes == 2 * 256 * 8 * 128 * 3 + 4 * 16
+    assert isinstance(line := bench.one(case, "xla", 1), record.Result)
+    assert (line.rel_err, line.best_peer_us, line.case) == (0, None, "gather_b8_c8192_p16_hnd_small")
+
+
 def test_peers_run_beside_or_say_why_not(monkeypatch):
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     monkeypatch.setattr(side, "PEERS", {n: p for n, p in side.PEERS.items() if n.startswith(("flash", "XLA"))})
@@ -122,7 +130,7 @@ def test_results_round_trip_and_draw(tmp_path):
 def test_list_names_every_case(capsys):
     bench.main(["list"])
     said = capsys.readouterr().out
-    assert all(name in said for name in (*cases.all_cases(), *writes.all_cases()))
+    assert all(name in said for name in (*cases.all_cases(), *writes.all_cases(), *gathers.all_cases()))
     with pytest.raises(SystemExit, match="no case is called nothing"):
         bench.main(["list", "--case", "nothing"])
 

@@ -1,6 +1,7 @@
 """Choosing a backend: declared, explained, never silent."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 import types
@@ -114,6 +115,8 @@ def test_explain_needs_no_run():
     assert named == elsewhere | {"xla": "supported", "reference": "chosen"}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
     assert pa.explain(pa.paged_attention, *abstract)["xla"] == "chosen"
+    partial = functools.partial(pa.gather_kv, args[1], max_tokens=60)
+    assert pa.explain(partial, args[2], backend="xla") == elsewhere | {"xla": "chosen", "reference": "supported"}
     with pytest.raises(pa.InvalidInput, match="op"):
         pa.explain("flash", *args)
 
@@ -124,7 +127,9 @@ def test_support_table_covers_every_format_layout_and_option():
         assert ("paged_attention", "mixed, format", format.name) in rows
         assert ("paged_attention", "decode, format", format.name) in rows
         assert (("write_kv", "format", format.name) in rows) == (format.granularity != "seq_head")
-    assert {c for o, d, c in rows if (o, d) == ("write_kv", "layout")} == {layout.name for layout in pa.LAYOUTS}
+        assert ("gather_kv", "format", format.name) in rows
+    for op in ("write_kv", "gather_kv"):
+        assert {c for o, d, c in rows if (o, d) == (op, "layout")} == {layout.name for layout in pa.LAYOUTS}
 
 
 def test_main_prints_the_table():

@@ -133,6 +133,14 @@ class RaggedBatch:
         b = self.page_table.shape[0]
         return jnp.clip(jnp.asarray(b if self.num_seqs is None else self.num_seqs, jnp.int32), 0, b)
 
+    @property
+    def known_live(self) -> int | None:
+        """The number of real sequences where it can be seen while tracing."""
+        b = self.page_table.shape[0]
+        if self.num_seqs is None:
+            return b
+        return min(max(int(self.num_seqs), 0), b) if is_concrete(self.num_seqs) else None
+
     def bounds(self, num_tokens: int) -> tuple[Array, Array]:
         """(start, length) int32 [B] of each sequence's query tokens, kept inside the step; padding has length 0."""
         cu = self._starts(num_tokens)
@@ -161,3 +169,27 @@ class RaggedBatch:
         real &= (position >= 0) & (column < self.page_table.shape[1])
         page = self.page_table.astype(jnp.int32)[seq, jnp.clip(column, 0, self.page_table.shape[1] - 1)]
         return jnp.where(real & (page >= 0), page * page_size + position % page_size, -1)
+
+
+def check_batch(batch: RaggedBatch) -> None:
+    """Refuse a batch whose arrays do not fit each other."""
+    require(isinstance(batch, RaggedBatch), "batch", type(batch).__name__, "pass a pa.RaggedBatch")
+    for name, rank in (("page_table", 2), ("kv_lens", 1), ("cu_q_lens", 1)):
+        x = getattr(batch, name)
+        require(x.ndim == rank, f"batch.{name}", f"shape {x.shape}", f"it has {rank} axes")
+        require(jnp.issubdtype(x.dtype, jnp.integer), f"batch.{name}", x.dtype, "use int32")
+    seqs = batch.page_table.shape[0]
+    fix = f"page_table has {seqs} rows, so it needs ({seqs},)"
+    require(batch.kv_lens.shape == (seqs,), "batch.kv_lens", f"shape {batch.kv_lens.shape}", fix)
+    fix = f"page_table has {seqs} rows, so it needs {seqs + 1}"
+    require(batch.cu_q_lens.shape == (seqs + 1,), "batch.cu_q_lens", f"shape {batch.cu_q_lens.shape}", fix)
+
+
+def check_kv_lens(batch: RaggedBatch, page_size: int) -> None:
+    """Refuse more cached tokens than the pages hold where the lengths of real sequences can be seen; at run time they
+    are clamped."""
+    live, width = batch.known_live, batch.page_table.shape[1]
+    if live is not None and is_concrete(batch.kv_lens):
+        most = int(np.max(np.asarray(batch.kv_lens)[:live], initial=0))
+        fix = f"page_table has {width} pages of {page_size}: widen it to {-(-most // page_size)}"
+        require(most <= width * page_size, "batch.kv_lens", most, fix)

@@ -150,6 +150,12 @@ class PagedKVCache:
         got = [b.read(x, s, pages) for b, x, s in zip(self.layout.buffers, self.buffers, self.sizes(), strict=True)]
         return (got[0][..., 0, :], got[0][..., 1, :]) if self.layout.single else (got[0], got[1])
 
+    def read_slots(self, page: Array, slot: Array) -> tuple[Array, Array]:
+        """Stored keys and values of tokens `[T]` at (page, slot in page): `[T, K, D]` and `[.., DV]`; clamped."""
+        buffers = zip(self.layout.buffers, self.buffers, self.sizes(), strict=True)
+        got = [b.read_slots(x, s, page, slot) for b, x, s in buffers]
+        return (got[0][..., 0, :], got[0][..., 1, :]) if self.layout.single else (got[0], got[1])
+
     def partition_spec(self, heads: str = "tp") -> "PagedKVCache":
         """PartitionSpecs that shard the kv heads over mesh axis `heads`, as a cache-shaped pytree."""
         spec = [PartitionSpec(*(heads if "K" in a.split() else None for a in b.axes)) for b in self.layout.buffers]

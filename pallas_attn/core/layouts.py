@@ -34,13 +34,31 @@ class Buffer:
 
     def read(self, array: Array, sizes: Sizes, pages: Array) -> Array:
         """Gather whole pages: `[*pages.shape, S, K, (P,) D]`, stored values; page numbers are clamped."""
-        atomic = _bits(array).reshape([sizes[a] for a in self.atoms])
-        got = _as(atomic.at[pages].get(mode="clip"), array.dtype)
-        lead = pages.ndim
-        order = sorted(range(1, len(self.atoms)), key=lambda i: _LOGICAL.index(self.atoms[i]))
-        got = got.transpose(*range(lead), *(i - 1 + lead for i in order))
-        logical = [math.prod(sizes[a] for a in self.atoms if a[0] == letter) for letter in self._letters()]
-        return got.reshape(*pages.shape, *logical)
+        got = self.logical(as_bytes(array).at[pages.reshape(-1)].get(mode="clip"), sizes)
+        return from_bytes(got.reshape(*pages.shape, *got.shape[1:]), array.dtype)
+
+    def logical(self, stored: Array, sizes: Sizes) -> Array:
+        """Pages as this buffer stores them `[n, ..]`, in their logical order `[n, S, K, (P,) D]`."""
+        n, inner = stored.shape[0], self.atoms[1:]
+        split = stored.reshape(n, *(sizes[a] for a in inner))
+        ordered = split.transpose(0, *(1 + inner.index(a) for a in sorted(inner, key=_LOGICAL.index)))
+        return ordered.reshape(n, *self._dims("SKPD", sizes))
+
+    def lay(self, rows: Array, sizes: Sizes) -> Array:
+        """Logical pages `[n, S, K, (P,) D]` as this buffer stores them `[n, ..]`."""
+        n, inner = rows.shape[0], self.atoms[1:]
+        ordered = sorted(inner, key=_LOGICAL.index)
+        laid = rows.reshape(n, *(sizes[a] for a in ordered)).transpose(0, *(1 + ordered.index(a) for a in inner))
+        return laid.reshape(n, *self.shape(sizes)[1:])
+
+    def read_slots(self, array: Array, sizes: Sizes, page: Array, slot: Array) -> Array:
+        """Gather tokens `[T]` by page and slot in page: `[T, K, (P,) D]`, stored values; page numbers are clamped."""
+        block = sizes.get("S0", 1)
+        where = {"N": page, "S": slot, "S1": slot // block, "S0": slot % block}
+        atomic = as_bytes(array).reshape([sizes[a] for a in self.atoms])
+        # The axes that are not indexed come out behind the tokens, and every layout has them in logical order.
+        got = atomic.at[tuple(where.get(a, slice(None)) for a in self.atoms)].get(mode="clip")
+        return from_bytes(got.reshape(page.shape[0], *self._dims("KPD", sizes)), array.dtype)
 
     def write(self, array: Array, sizes: Sizes, page: Array, slot: Array, rows: Array) -> Array:
         """Scatter token rows `[T, K, (P,) D]` to (page, slot); a page number >= N is dropped."""
@@ -60,22 +78,24 @@ class Buffer:
         logical = [a for a in sorted(atoms, key=_LOGICAL.index) if a[0] not in "NS"]
         rows = rows.reshape(rows.shape[0], *(sizes[a] for a in logical))
         rows = rows.transpose(0, *(1 + logical.index(a) for a in (*loops, *atoms[last + 1 :])))
-        atomic = _bits(array).reshape([sizes[a] for a in atoms])
-        atomic = atomic.at[tuple(index)].set(_bits(rows), mode="drop", wrap_negative_indices=False)
-        return _as(atomic.reshape(array.shape), array.dtype)
+        atomic = as_bytes(array).reshape([sizes[a] for a in atoms])
+        atomic = atomic.at[tuple(index)].set(as_bytes(rows), mode="drop", wrap_negative_indices=False)
+        return from_bytes(atomic.reshape(array.shape), array.dtype)
 
-    def _letters(self) -> str:
-        return "SKPD" if "P" in self.atoms else "SKD"
+    def _dims(self, letters: str, sizes: Sizes) -> list[int]:
+        """Sizes of the logical axes, those this buffer has."""
+        atoms = {c: [sizes[a] for a in self.atoms if a[0] == c] for c in letters}
+        return [math.prod(found) for found in atoms.values() if found]
 
 
-def _bits(x: Array) -> Array:
+def as_bytes(x: Array) -> Array:
     """FP8 as bytes: where XLA has no FP8 it would convert the whole cache to a wider type, and back, to move a row."""
     fp8 = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 1
     return lax.bitcast_convert_type(x, jnp.uint8) if fp8 else x
 
 
-def _as(x: Array, dtype) -> Array:
-    """The bytes of `_bits` as what they were."""
+def from_bytes(x: Array, dtype) -> Array:
+    """The bytes of `as_bytes` as what they were."""
     return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 

@@ -173,10 +173,12 @@ def explain(op: Callable | str, *args, **kwargs) -> dict[str, str]:
     """What each backend says to this very call, without running it.
 
     Args:
-      op: a public function such as `pa.paged_attention`, or its name; then its own arguments (arrays or
-        `jax.ShapeDtypeStruct`s).
+      op: a public function such as `pa.paged_attention`, a `functools.partial` of one, or its name; then its own
+        arguments (arrays or `jax.ShapeDtypeStruct`s).
     Returns: backend name -> "chosen", "supported", "not on <platform>" or the reason for refusing.
     """
+    if isinstance(op, functools.partial):
+        op, args, kwargs = op.func, (*op.args, *args), op.keywords | kwargs
     name = op if isinstance(op, str) else op.__name__
     require(name in OPS, "op", name, f"choose one of {', '.join(OPS)}")
     spec = OPS[name]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_attn.core.batch import RaggedBatch
+from pallas_attn.core.batch import RaggedBatch, check_batch, check_kv_lens
 from pallas_attn.core.caches import PagedKVCache, check_cache
 from pallas_attn.core.errors import is_concrete, require
 from pallas_attn.core.formats import Format, float_format
@@ -66,14 +66,14 @@ def prepare(
     bias = Bias() if bias is None else bias
     q_format = _check_q(q)
     tokens, q_heads, head_dim = q.shape
-    require(isinstance(batch, RaggedBatch), "batch", type(batch).__name__, "pass a pa.RaggedBatch")
-    _check_batch(batch)
+    check_batch(batch)
     seqs, pages_per_seq = batch.page_table.shape
     check_cache(cache, seqs)
     kv_heads, page_size = cache.kv_heads, cache.page_size
+    check_kv_lens(batch, page_size)
     require(q_heads % kv_heads == 0, "q", f"{q_heads} heads", f"make it a multiple of the cache's {kv_heads} kv heads")
     require(head_dim == cache.head_dim, "q", f"head_dim {head_dim}", f"the cache has keys of {cache.head_dim}")
-    _check_lengths(batch, tokens, page_size)
+    _check_queries(batch, tokens)
     _check_mask(mask, seqs)
     _check_heads("bias.alibi_slopes", bias.alibi_slopes, q_heads)
     _check_heads("sinks", sinks, q_heads)
@@ -128,27 +128,11 @@ def _check_q(q) -> Format:
     return q.format
 
 
-def _check_batch(batch: RaggedBatch) -> None:
-    for name, rank in (("page_table", 2), ("kv_lens", 1), ("cu_q_lens", 1)):
-        x = getattr(batch, name)
-        require(x.ndim == rank, f"batch.{name}", f"shape {x.shape}", f"it has {rank} axes")
-        require(jnp.issubdtype(x.dtype, jnp.integer), f"batch.{name}", x.dtype, "use int32")
-    seqs = batch.page_table.shape[0]
-    fix = f"page_table has {seqs} rows, so it needs ({seqs},)"
-    require(batch.kv_lens.shape == (seqs,), "batch.kv_lens", f"shape {batch.kv_lens.shape}", fix)
-    fix = f"page_table has {seqs} rows, so it needs {seqs + 1}"
-    require(batch.cu_q_lens.shape == (seqs + 1,), "batch.cu_q_lens", f"shape {batch.cu_q_lens.shape}", fix)
-
-
-def _check_lengths(batch: RaggedBatch, tokens: int, page_size: int) -> None:
-    """What can be seen of the real sequences' lengths where they are concrete; at run time they are clamped."""
-    if batch.num_seqs is not None and not is_concrete(batch.num_seqs):
+def _check_queries(batch: RaggedBatch, tokens: int) -> None:
+    """What can be seen of the real sequences' query tokens where they are concrete; at run time they are clamped."""
+    live = batch.known_live
+    if live is None:
         return
-    live = batch.page_table.shape[0] if batch.num_seqs is None else int(batch.num_seqs)
-    if is_concrete(batch.kv_lens):
-        room, most = batch.page_table.shape[1] * page_size, int(np.max(np.asarray(batch.kv_lens)[:live], initial=0))
-        fix = f"page_table has {batch.page_table.shape[1]} pages of {page_size}: widen it to {-(-most // page_size)}"
-        require(most <= room, "batch.kv_lens", most, fix)
     if is_concrete(batch.cu_q_lens):
         cu = np.asarray(batch.cu_q_lens)[: live + 1]
         rising = bool(np.all(np.diff(cu) >= 0) and cu[0] >= 0)
