@@ -120,6 +120,11 @@ def strides(x) -> tuple[int, ...]:
     return tuple(int(np.prod(x.shape[i + 1 :])) for i in range(len(x.shape)))
 
 
+def power_of_two(n: int) -> int:
+    """The next power of two: the sizes that Triton's blocks have."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def check(launch: Launch, inputs: Sequence[Shape]) -> None:
     """Refuse a launch that cannot be right."""
     name = f"triton_op({launch.name})"

@@ -26,7 +26,7 @@ from pallas_attn.core.arch import Arch
 from pallas_attn.core.formats import E4M3, E5M2
 from pallas_attn.core.quantized import Quantized
 from pallas_attn.ops.paged_attention.problem import Args, Problem
-from pallas_attn.runtime.triton import Shape, arch, triton_op
+from pallas_attn.runtime.triton import Shape, arch, power_of_two, triton_op
 
 _KERNELS = "pallas_attn.ops.paged_attention.triton_kernels"
 GRANULARITIES = {"none": 0, "tensor": 1, "head": 2, "seq_head": 3, "token_head": 4}
@@ -67,11 +67,11 @@ def supports(p: Problem) -> str | None:
 def choose(p: Problem, on: Arch) -> Config:
     """The configuration for a problem on a generation of GPUs."""
     tokens = min(p.max_q_len or max(-(-p.tokens // p.seqs), 1), p.tokens)
-    rows = max(min(_power(tokens * p.group), 128), 16, _power(p.group))
-    dim, size = _power(max(p.head_dim, p.v_head_dim)), operands(p, on)[0].itemsize
+    rows = max(min(power_of_two(tokens * p.group), 128), 16, power_of_two(p.group))
+    dim, size = power_of_two(max(p.head_dim, p.v_head_dim)), operands(p, on)[0].itemsize
     room = 4 if on is Arch.HOPPER else 2  # of shared memory
     if rows > 64 and (size > 2 or dim > 128 or on is not Arch.HOPPER):
-        rows = max(64, _power(p.group))
+        rows = max(64, power_of_two(p.group))
     keys = 64
     while keys > 16 and keys * dim * size > 8192 * room:
         keys //= 2
@@ -81,11 +81,6 @@ def choose(p: Problem, on: Arch) -> Config:
     while splits < most and blocks * splits < 4 * SMS and rows <= 64:
         splits *= 2
     return Config(rows, keys, splits, 8 if rows > 64 else 4, 3 if on is Arch.HOPPER else 2)
-
-
-def _power(n: int) -> int:
-    """The next power of two."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def operands(p: Problem, on: Arch) -> tuple[jnp.dtype, jnp.dtype, bool, str]:
@@ -117,7 +112,7 @@ def run(p: Problem, *arrays, config: Config | None = None):
         f"{_KERNELS}:attend", out=partial if split else (result, lse), grid=blocks * p.kv_heads * config.splits,
         constants=_sizes(p) | _strides(p) | _numbers(p, on) | _options(p, args) | _rounding(p) | {
             "BM": config.rows, "BQ": per_block, "BN": config.keys, "SPLITS": config.splits,
-            "CHUNK": min(_power(p.seqs + 2), 1024),
+            "CHUNK": min(power_of_two(p.seqs + 2), 1024),
         }, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     inputs = _inputs(p, args, on)
@@ -126,8 +121,8 @@ def run(p: Problem, *arrays, config: Config | None = None):
         merge = triton_op(
             f"{_KERNELS}:merge", out=(result, lse), grid=p.tokens * p.q_heads, num_warps=2,
             constants=_rounding(p) | {
-                "T": p.tokens, "H": p.q_heads, "DV": p.v_head_dim, "DVP": _power(p.v_head_dim),
-                "SPLITS": config.splits, "SPLITS_P": _power(config.splits),
+                "T": p.tokens, "H": p.q_heads, "DV": p.v_head_dim, "DVP": power_of_two(p.v_head_dim),
+                "SPLITS": config.splits, "SPLITS_P": power_of_two(config.splits),
             },
         )  # fmt: skip
         out, stats = merge(out, stats, inputs[-1])
@@ -161,7 +156,7 @@ def _inputs(p: Problem, args: Args, on: Arch) -> list[jax.Array]:
 def _sizes(p: Problem) -> dict[str, int]:
     return {
         "T": p.tokens, "H": p.q_heads, "K": p.kv_heads, "D": p.head_dim, "DV": p.v_head_dim,
-        "DP": max(_power(p.head_dim), 16), "DVP": max(_power(p.v_head_dim), 16), "B": p.seqs, "N": p.pages,
+        "DP": max(power_of_two(p.head_dim), 16), "DVP": max(power_of_two(p.v_head_dim), 16), "B": p.seqs, "N": p.pages,
         "M": p.pages_per_seq, "S": p.page_size,
     }  # fmt: skip
 
