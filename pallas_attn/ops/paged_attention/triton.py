@@ -32,7 +32,7 @@ _KERNELS = "pallas_attn.ops.paged_attention.triton_kernels"
 GRANULARITIES = {"none": 0, "tensor": 1, "head": 2, "seq_head": 3, "token_head": 4}
 Q_GRANULARITIES = {"none": 0, "tensor": 1, "head": 2, "token_head": 3}
 KINDS = {E4M3: 1, E5M2: 2}  # as `runtime.triton_numbers` counts
-SMS = 132  # programs are counted against the GPU that has most
+SMS = 132  # of the largest of these GPUs
 MOST_SPLITS = 64
 
 
@@ -66,21 +66,20 @@ def supports(p: Problem) -> str | None:
 
 def choose(p: Problem, on: Arch) -> Config:
     """The configuration for a problem on a generation of GPUs."""
-    tokens = min(p.max_q_len or max(-(-p.tokens // p.seqs), 1), p.tokens)
-    rows = max(min(power_of_two(tokens * p.group), 128), 16, power_of_two(p.group))
+    tokens = min(p.max_q_len or -(-p.tokens // p.seqs), p.tokens)
+    rows = max(min(power_of_two(tokens * p.group), 64), 16, power_of_two(p.group))
+    few = rows <= 32
     dim, size = power_of_two(max(p.head_dim, p.v_head_dim)), operands(p, on)[0].itemsize
-    room = 4 if on is Arch.HOPPER else 2  # of shared memory
-    if rows > 64 and (size > 2 or dim > 128 or on is not Arch.HOPPER):
-        rows = max(64, power_of_two(p.group))
-    keys = 64
-    while keys > 16 and keys * dim * size > 8192 * room:
+    keys = 64 if few or size > 1 or on is not Arch.HOPPER else 128
+    while keys > 16 and keys * dim * (p.kv_format.dtype.itemsize if few else size) > (8192 if few else 16384):
         keys //= 2
-    blocks = (p.tokens // max(rows // p.group, 1) + p.seqs) * p.kv_heads
-    most = min(MOST_SPLITS, max(p.pages_per_seq * p.page_size // (4 * keys), 1))
+    blocks = p.seqs * -(-tokens * p.group // rows) * p.kv_heads
+    most = min(MOST_SPLITS, p.pages_per_seq * p.page_size // (4 * keys))
     splits = 1
-    while splits < most and blocks * splits < 4 * SMS and rows <= 64:
+    while splits < most and blocks * splits < (8 * SMS if few else SMS):
         splits *= 2
-    return Config(rows, keys, splits, 8 if rows > 64 else 4, 3 if on is Arch.HOPPER else 2)
+    stages = 3 if on is Arch.ADA else 5 if on is Arch.HOPPER and few else 4
+    return Config(rows, keys, splits, 2 if few else 4 if rows <= 64 else 8, stages)
 
 
 def operands(p: Problem, on: Arch) -> tuple[jnp.dtype, jnp.dtype, bool, str]:

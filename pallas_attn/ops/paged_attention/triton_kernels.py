@@ -66,6 +66,33 @@ def seen_by(
 
 
 @triton.jit
+def tiles_of(
+    low_pos, high_pos, kv_len, causal, window, split,
+    WINDOW: tl.constexpr, LOOKBACK: tl.constexpr, RANGES: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """(first, last) tile of a share of the keys that any row between two positions sees, and of those in it that all
+    see, as far as causality and a sliding window tell."""
+    low, high = tl.full((), 0, tl.int32), kv_len
+    full_low, full_high = low, kv_len
+    if RANGES == 0:
+        high = tl.where(causal != 0, tl.minimum(high, tl.maximum(high_pos + 1, 0)), high)
+        full_high = tl.where(causal != 0, tl.minimum(kv_len, tl.maximum(low_pos + 1, 0)), kv_len)
+        if WINDOW == 1:
+            low = tl.where(window > 0, tl.maximum(low_pos - window + 1, 0), 0)
+            full_low = tl.where(window > 0, tl.maximum(high_pos - window + 1, 0), 0)
+        if WINDOW == 2:
+            chunk = tl.maximum(window // (LOOKBACK + 1), 1)
+            low = tl.where(window > 0, tl.maximum((tl.maximum(low_pos, 0) // chunk - LOOKBACK) * chunk, 0), 0)
+    tile0, tile1 = low // BN, tl.cdiv(high, BN)
+    each = tl.cdiv(tl.maximum(tile1 - tile0, 0), SPLITS)
+    tile0 = tile0 + split * each
+    tile1 = tl.maximum(tl.minimum(tile0 + each, tile1), tile0)
+    full0 = tl.minimum(tl.maximum(tl.cdiv(full_low, BN), tile0), tile1)
+    full1 = tl.minimum(tl.maximum(full_high // BN, full0), tile1)
+    return tile0, tile1, full0, full1
+
+
+@triton.jit
 def biased(
     s, q_pos, x, context, head, row_ok, slopes, query_query,
     ALIBI: tl.constexpr, QQ: tl.constexpr, Q0: tl.constexpr, Q1: tl.constexpr,
@@ -191,29 +218,13 @@ def attend(
     kv_len = tl.where(real, tl.minimum(tl.maximum(length, 0), M * S), 0)
     context = length - (end - start)
     q_pos = context + (token - start)
-    low_pos, high_pos = context + first - start, context + tl.minimum(first + BQ, end) - 1 - start
     causal = tl.load(causals + b).to(tl.int32) if CAUSAL == 2 else tl.full((), CAUSAL, tl.int32)
-    # The keys that any row sees, and those that all see.
-    PLAIN: tl.constexpr = CAUSAL < 2 and WINDOW < 2 and RANGES == 0 and (WINDOW == 0 or CAUSAL == 1)
     w = tl.load(window) if WINDOW == 1 or WINDOW == 2 or CLAMP else 0
-    low, high = tl.full((), 0, tl.int32), kv_len
-    full_low, full_high = low, kv_len
-    if RANGES == 0:
-        high = tl.where(causal != 0, tl.minimum(high, tl.maximum(high_pos + 1, 0)), high)
-        full_high = tl.where(causal != 0, tl.minimum(kv_len, tl.maximum(low_pos + 1, 0)), kv_len)
-        if WINDOW == 1:
-            low = tl.where(w > 0, tl.maximum(low_pos - w + 1, 0), 0)
-            full_low = tl.where(w > 0, tl.maximum(high_pos - w + 1, 0), 0)
-        if WINDOW == 2:
-            chunk = tl.maximum(w // (LOOKBACK + 1), 1)
-            low = tl.where(w > 0, tl.maximum((tl.maximum(low_pos, 0) // chunk - LOOKBACK) * chunk, 0), 0)
-    tile0, tile1 = low // BN, tl.cdiv(high, BN)
-    each = tl.cdiv(tl.maximum(tile1 - tile0, 0), SPLITS)
-    tile0 = tile0 + split * each
-    tile1 = tl.minimum(tile0 + each, tile1)
-    full0 = tl.minimum(tl.maximum(tl.cdiv(full_low, BN), tile0), tl.maximum(tile1, tile0))
-    full1 = tl.minimum(tl.maximum(full_high // BN, full0), tl.maximum(tile1, full0))
-
+    low_pos, high_pos = context + first - start, context + tl.minimum(first + BQ, end) - 1 - start
+    tile0, tile1, full0, full1 = tiles_of(
+        low_pos, high_pos, kv_len, causal, w, split, WINDOW, LOOKBACK, RANGES, BN, SPLITS
+    )
+    PLAIN: tl.constexpr = CAUSAL < 2 and WINDOW < 2 and RANGES == 0 and (WINDOW == 0 or CAUSAL == 1)
     rows, factor = query_rows(
         q, q_scale, scale, k_scale, b, kv_head, token, head, row_ok,
         H, K, D, DP, Q_SCALE, Q_KIND, KV_SCALE, OPERAND, NORMALIZE,
@@ -233,7 +244,7 @@ def attend(
         left = full0 - tile0 if PLAIN else tile1 - tile0
         count = full1 - full0
         if masked:
-            count = left + tl.maximum(tile1 - full1, 0) if PLAIN else left
+            count = left + tile1 - full1 if PLAIN else left
         for i in tl.range(0, count):
             if masked:
                 x = tl.where(i < left, tile0 + i, full1 + i - left) * BN + n
