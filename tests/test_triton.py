@@ -1,5 +1,5 @@
-"""The Triton kernels: what they refuse, what they compute (interpreted on a CPU, or on a GPU), that they compile ahead of
-time for every generation."""
+"""The Triton kernels: what they refuse, what they compute (interpreted on a CPU, or on a GPU), and that they compile
+ahead of time for every generation."""
 
 import importlib.util
 import itertools
@@ -20,7 +20,6 @@ from test_golden import test_write_kv as golden_write
 
 import pallas_attn as pa
 from pallas_attn.core.arch import Arch
-from pallas_attn.core.caches import abstract_cache
 from pallas_attn.ops.kv_cache import triton as write
 from pallas_attn.ops.kv_cache.problem import prepare as prepare_write
 from pallas_attn.ops.paged_attention import triton as attention
@@ -64,13 +63,14 @@ def possible(cell):
 
 
 # Every pair of these; the options take turns.
-CELLS = [
-    (*cell[:-1], option, cell[-1]) for cell, option in zip(pairwise(LISTS, possible), itertools.cycle(OPTIONS))
-]
+CELLS = [(*cell[:-1], option, cell[-1]) for cell, option in zip(pairwise(LISTS, possible), itertools.cycle(OPTIONS))]
 
 
 def options_for(name, heads):
+    """Of a name, for so many heads and for the longest of the sequences above."""
     options = dict(OPTIONS[name])
+    if "query_query" in options:
+        options["query_query"] = np.random.default_rng(7).standard_normal((130, 90)).astype(np.float32)
     return {n: np.resize(x, heads) if n in ("sinks", "alibi_slopes") else x for n, x in options.items()}
 
 
@@ -222,9 +222,7 @@ def test_as_on_ampere_on_gpu(cell, rng, generation):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "cell", test_mosaic_write.CELLS[::2] + WRITE_SHUFFLED, ids=lambda c: "-".join(map(str, c))
-)
+@pytest.mark.parametrize("cell", test_mosaic_write.CELLS[::2] + WRITE_SHUFFLED, ids=lambda c: "-".join(map(str, c)))
 def test_write_on_gpu(cell, rng):
     test_mosaic_write.check(rng, write_on_gpu, *cell)
 

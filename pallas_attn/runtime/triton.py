@@ -58,7 +58,7 @@ class Launch:
 
     def values(self) -> dict[str, Any]:
         """The constants as the kernel gets them: dtypes are Triton's."""
-        from triton.language import dtype
+        from triton.language import dtype  # type: ignore[import-not-found]
 
         return {n: dtype(TYPES[str(x)]) if isinstance(x, np.dtype) else x for n, x in self.constants}
 
@@ -91,6 +91,17 @@ def triton_op(
     Returns: `f(*inputs)`, whose result is one array or a tuple as `out` says. FP8 arrives in the kernel as `float8e4nv`
       and `float8e5`; Triton has the first only for Ada and later: pass bytes (`lax.bitcast_convert_type`) before.
       vmap is a loop over launches. There is no gradient: give it one by `jax.custom_vjp`.
+
+        @triton.jit
+        def scale_rows(x, s, out, D: tl.constexpr):
+            row, i = tl.program_id(0), tl.arange(0, D)
+            tl.store(out + row * D + i, tl.load(x + row * D + i) * tl.load(s + row))
+
+        scale = pa.triton_op(
+            scale_rows, out=lambda x, s: x, grid=lambda x, s, **_: x.shape[0], constants=lambda x, s: {"D": x.shape[1]}
+        )
+        y = jax.jit(scale)(x, s)
+
     Raises: InvalidInput when called, for a kernel whose parameters do not fit, an alias of another shape or dtype, a
       grid that is empty, or an array type that Triton lacks.
     """
@@ -101,7 +112,7 @@ def triton_op(
         shapes = [Shape(x.shape, x.dtype) for x in arrays]
         given = constants(*shapes) if callable(constants) else dict(constants or {})
         outs = out(*shapes) if callable(out) else out
-        flat = (outs,) if hasattr(outs, "shape") else tuple(outs)  # type: ignore[arg-type]
+        flat: tuple[Any, ...] = (outs,) if hasattr(outs, "shape") else tuple(outs)  # type: ignore[arg-type]
         size = grid(*shapes, **given) if callable(grid) else grid
         size = (size,) if isinstance(size, int) else tuple(size)
         launch = Launch(
@@ -178,13 +189,13 @@ def _on_cuda(*arrays, launch: Launch):
     reason = dispatch.missing(NEEDS)
     if reason is not None:
         raise Unsupported(f"triton_op({launch.name}): {reason}")
-    import jax_triton
+    import jax_triton  # type: ignore[import-not-found]
 
-    kernel = launch.load()
+    kernel, seen = launch.load(), jax.default_backend() == "gpu"
     _check_parameters(dataclasses.replace(launch, kernel=kernel), len(arrays))
     return jax_triton.triton_call(
         *arrays, kernel=kernel, out_shape=launch.out, grid=launch.grid, input_output_aliases=dict(launch.aliases),
-        num_warps=launch.num_warps, num_stages=launch.num_stages, compute_capability=int(arch()),
+        num_warps=launch.num_warps, num_stages=launch.num_stages, compute_capability=None if seen else int(arch()),
         **launch.values(),
     )  # fmt: skip
 
@@ -241,13 +252,13 @@ def compile_for(target: Arch, launch: Launch, inputs: Sequence[Shape]) -> Any:
 
     Returns: triton's CompiledKernel: `asm["ptx"]`, `metadata.shared` bytes of shared memory, and so on.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found]
+    from triton.compiler import ASTSource, compile  # type: ignore[import-not-found]
 
     kernel = launch.load()
     pointers = [f"*{TYPES[str(x.dtype)]}" for x in itertools.chain(inputs, launch.out)]
     signature = dict(zip(kernel.arg_names, pointers, strict=False)) | {n: "constexpr" for n, _ in launch.constants}
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}  # as XLA allocates
-    source = triton.compiler.ASTSource(kernel, signature, launch.values(), aligned)
+    source = ASTSource(kernel, signature, launch.values(), aligned)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", int(target), 32), options=options)
+    return compile(source, target=GPUTarget("cuda", int(target), 32), options=options)

@@ -1,5 +1,5 @@
 """What Triton kernels share: FP8 and INT8 codes to numbers and back, by integer arithmetic where the GPU has none."""
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import triton
 import triton.language as tl

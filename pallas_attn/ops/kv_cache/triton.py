@@ -48,9 +48,7 @@ def run(p: Problem, *arrays):
         aliases={5 + i: i for i, x in enumerate(written) if x is not nothing}, num_warps=4,
     )  # fmt: skip
     out = op(k, v, slots.astype(jnp.int32), *given, *written)
-    buffers = tuple(
-        lax.bitcast_convert_type(x, p.format.dtype) if bytes_only else x for x in out[: len(cache.buffers)]
-    )
+    buffers = tuple(lax.bitcast_convert_type(x, p.format.dtype) if bytes_only else x for x in out[: len(cache.buffers)])
     return jax.tree.leaves(cache.replace(buffers, out[2:] if per_token else None))  # type: ignore[arg-type]
 
 

@@ -1,5 +1,5 @@
 """The Triton kernel of cache writes: one token's heads, or a share of them, keys and values both."""
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import triton
 import triton.language as tl
@@ -82,7 +82,7 @@ def write(
         BY, UE8M0,
     )  # fmt: skip
     write_side(
-        v, v_given, k_out if SINGLE else v_out, v_scale, token, page, at, head, K, VD, VDP, S, V_PAGE, V_HEAD, V_SLOT, V_DIM, V_BLOCK,
-        V_BLOCKS, True, V_BASE, HEAD_MAJOR, GRANULARITY, KIND, INTEGER, RECIPROCAL, LOW, HIGH, AMAX_FLOOR, SCALE_FLOOR,
-        BY, UE8M0,
+        v, v_given, k_out if SINGLE else v_out, v_scale, token, page, at, head, K, VD, VDP, S, V_PAGE, V_HEAD, V_SLOT,
+        V_DIM, V_BLOCK, V_BLOCKS, True, V_BASE, HEAD_MAJOR, GRANULARITY, KIND, INTEGER, RECIPROCAL, LOW, HIGH,
+        AMAX_FLOOR, SCALE_FLOOR, BY, UE8M0,
     )  # fmt: skip

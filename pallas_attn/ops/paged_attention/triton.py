@@ -68,18 +68,26 @@ def choose(p: Problem, on: Arch) -> Config:
     """The configuration for a problem on a generation of GPUs."""
     tokens = min(p.max_q_len or -(-p.tokens // p.seqs), p.tokens)
     rows = max(min(power_of_two(tokens * p.group), 64), 16, power_of_two(p.group))
-    few = rows <= 32
-    dim, size = power_of_two(max(p.head_dim, p.v_head_dim)), operands(p, on)[0].itemsize
+    few, dim = rows <= 32, power_of_two(max(p.head_dim, p.v_head_dim))
+    size = p.kv_format.dtype.itemsize if few else operands(p, on)[0].itemsize
     keys = 64 if few or size > 1 or on is not Arch.HOPPER else 128
-    while keys > 16 and keys * dim * (p.kv_format.dtype.itemsize if few else size) > (8192 if few else 16384):
+    while keys > 16 and keys * max(dim, 128) * size > 16384:
         keys //= 2
+    stages = 3 if on is Arch.ADA else 5 if on is Arch.HOPPER and few and dim <= 128 else 4
     blocks = p.seqs * -(-tokens * p.group // rows) * p.kv_heads
-    most = min(MOST_SPLITS, p.pages_per_seq * p.page_size // (4 * keys))
-    splits = 1
-    while splits < most and blocks * splits < (8 * SMS if few else SMS):
+    warps = 8 if rows > 64 else 2 if few and dim <= 128 else 4
+    return Config(rows, keys, _splits(p, blocks, keys, few), warps, stages)
+
+
+def _splits(p: Problem, blocks: int, keys: int, few: bool) -> int:
+    """Shares of a context: enough to give every SM a program, more while the shares stay long."""
+    context, splits = p.pages_per_seq * p.page_size, 1
+    while splits < min(MOST_SPLITS, context // (4 * keys)):
+        programs = blocks * splits
+        if programs >= (2 * SMS if few else SMS) and (not few or programs >= 16 * SMS or context <= 1024 * splits):
+            break
         splits *= 2
-    stages = 3 if on is Arch.ADA else 5 if on is Arch.HOPPER and few else 4
-    return Config(rows, keys, splits, 2 if few else 4 if rows <= 64 else 8, stages)
+    return splits
 
 
 def operands(p: Problem, on: Arch) -> tuple[jnp.dtype, jnp.dtype, bool, str]:

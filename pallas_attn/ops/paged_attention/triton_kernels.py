@@ -3,7 +3,7 @@
 Absent arguments are a pointer that is not followed. Sizes, strides and flags are compile-time constants; what the
 device alone knows is clamped.
 """
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportPossiblyUnbound=false
 
 import triton
 import triton.language as tl
@@ -154,10 +154,7 @@ def stored_scale(scale, b, kv_head, K: tl.constexpr, KV_SCALE: tl.constexpr):
 def rounded(x, scale, KIND: tl.constexpr, RECIPROCAL: tl.constexpr, HIGH: tl.constexpr):
     """The one rounding of an FP8 result."""
     s = tl.load(scale)
-    if RECIPROCAL:
-        x = x * tl.div_rn(1.0, s)
-    else:
-        x = tl.div_rn(x, tl.zeros_like(x) + s)
+    x = x * tl.div_rn(1.0, s) if RECIPROCAL else tl.div_rn(x, tl.zeros_like(x) + s)
     return to_code(x, KIND, False, -HIGH, HIGH)
 
 
@@ -246,10 +243,8 @@ def attend(
         if masked:
             count = left + tile1 - full1 if PLAIN else left
         for i in tl.range(0, count):
-            if masked:
-                x = tl.where(i < left, tile0 + i, full1 + i - left) * BN + n
-            else:
-                x = (full0 + i) * BN + n
+            tile = tl.where(i < left, tile0 + i, full1 + i - left) if masked else full0 + i
+            x = tile * BN + n
             column = tl.minimum(x // S, M - 1)
             page = tl.load(page_table + b.to(tl.int64) * M + column)
             page, slot = tl.minimum(tl.maximum(page, 0), N - 1).to(tl.int64), x % S
