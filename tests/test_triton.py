@@ -1,6 +1,7 @@
 """The Triton kernels: what they refuse, what they compute (interpreted on a CPU, or on a GPU), and that they compile
 ahead of time for every generation."""
 
+import dataclasses
 import importlib.util
 import itertools
 import os
@@ -20,6 +21,7 @@ from test_golden import test_write_kv as golden_write
 
 import pallas_attn as pa
 from pallas_attn.core.arch import Arch
+from pallas_attn.core.caches import abstract_cache
 from pallas_attn.ops.kv_cache import triton as write
 from pallas_attn.ops.kv_cache.problem import prepare as prepare_write
 from pallas_attn.ops.paged_attention import triton as attention
@@ -141,6 +143,57 @@ WRITE_SHUFFLED = [(f, "SHUFFLE", 16, (64, 64), 2, "bf16", 7) for f in ("E4M3_TEN
 def test_interpreted_write(cell, rng, interpreted, generation):
     generation(Arch.AMPERE if len(cell[0]) % 2 else Arch.HOPPER)
     test_mosaic_write.check(rng, run_write, *cell)
+
+
+def asked(head_dim=128, group=4, tokens=4, seqs=3, **options):
+    """The problem of an attention call of shapes only."""
+    cache = abstract_cache(pa.E4M3_TENSOR, pa.NHD, dim=head_dim)
+    batch = pa.RaggedBatch(S((seqs, 4), jnp.int32), S((seqs,), jnp.int32), S((seqs + 1,), jnp.int32))
+    return prepare(S((tokens, 2 * group, head_dim), jnp.bfloat16), cache, batch, **options)[0]
+
+
+INTEGERS = dataclasses.replace(pa.E4M3_STATIC, name="INT8_STATIC", dtype=pa.INT8_TOKEN_HEAD.dtype)
+REFUSED = {
+    "dim": ({"head_dim": 320}, "no head dims (320, 320)"),
+    "group": ({"group": 129}, "no 129 query heads per kv head"),
+    "output": ({"out": (INTEGERS, 0.5)}, "no INT8_STATIC output"),
+    "no token": ({"tokens": 0}, "an empty call"),
+    "no sequence": ({"seqs": 0}, "an empty call"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), list(REFUSED.values()), ids=list(REFUSED))
+def test_refuses(change, reason):
+    assert attention.supports(asked(**change)) == reason
+
+
+def test_write_refuses():
+    wide = test_mosaic_write.abstract("E4M3_TENSOR", "NHD", 16, (2048, 2048), 2, "bf16", 4)
+    assert write.supports(prepare_write(*wide)[0]) == "no head dims (2048, 2048)"
+    nothing = test_mosaic_write.abstract("E4M3_TENSOR", "NHD", 16, (128, 128), 2, "bf16", 0)
+    assert write.supports(prepare_write(*nothing)[0]) == "an empty call"
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda c: "-".join(map(str, c)))
+def test_takes_every_cell(cell):
+    """And cuts the kernel to it."""
+    args, options = abstract(*cell)
+    p, _ = prepare(*args, **options)
+    assert attention.supports(p) is None
+    for arch in bridge.ARCHS:
+        config = attention.choose(p, arch)
+        assert config.rows >= p.group
+        assert config.keys >= 16
+
+
+def test_a_context_is_shared_where_programs_are_few():
+    """By powers of two, none shorter than four tiles of keys."""
+    batch = pa.RaggedBatch(S((1, 2048), jnp.int32), S((1,), jnp.int32), S((2,), jnp.int32), max_q_len=1)
+    p, _ = prepare(S((1, 8, 128), jnp.bfloat16), abstract_cache(pa.E4M3_TENSOR, pa.NHD), batch)
+    assert attention.choose(p, Arch.HOPPER).splits == attention.MOST_SPLITS
+    short = dataclasses.replace(p, pages_per_seq=16)  # 512 tokens
+    assert attention.choose(short, Arch.HOPPER).splits == 2
+    assert attention.choose(dataclasses.replace(p, tokens=8192, max_q_len=None), Arch.HOPPER).splits == 1
 
 
 SHARED = {Arch.AMPERE: 163, Arch.ADA: 99, Arch.HOPPER: 227}  # KiB that a program may have

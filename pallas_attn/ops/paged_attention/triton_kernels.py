@@ -3,7 +3,7 @@
 Absent arguments are a pointer that is not followed. Sizes, strides and flags are compile-time constants; what the
 device alone knows is clamped.
 """
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportPossiblyUnbound=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
 
 import triton
 import triton.language as tl
