@@ -116,30 +116,34 @@ def run_write(*args):
     return write.run(p, *args)
 
 
+# The interpreter takes a program at a time: cells that are small.
+FEW = [c for c in CELLS if c[2] <= 64 and max(c[3]) <= 128 and c[4][0] <= 6]
+
+
 @interpreter
-@pytest.mark.parametrize("cell", CELLS[::8], ids=lambda c: "-".join(map(str, c)))
+@pytest.mark.parametrize("cell", FEW[::3], ids=lambda c: "-".join(map(str, c)))
 def test_interpreted(cell, rng, interpreted, generation):
-    generation(Arch.AMPERE if CELLS.index(cell) % 16 else Arch.HOPPER)
+    generation(Arch.AMPERE if FEW.index(cell) % 2 else Arch.HOPPER)
     check(rng, run_attention, *cell, batches=SMALL)
 
 
 @interpreter
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", [*list(OPTIONS)[::2], "everything"])
 def test_interpreted_option(option, rng, interpreted, generation):
-    """Of one configuration with three shares, so that each is seen by parts and merged."""
+    """Of a configuration with two shares, so that each is seen by parts and merged."""
     generation(Arch.ADA)
-    config = attention.Config(16, 16, 3, 4, 3)
+    config = attention.Config(16, 16, 2, 4, 3)
     run = lambda *args, **options: run_attention(*args, config=config, **options)  # noqa: E731
-    cell = ("E4M3_HEAD", "NHD", 16, (64, 64), (4, 2), "f32", option, "mixed")
+    cell = ("E4M3_HEAD", "NHD", 16, (64, 64), (2, 1), "f32", option, "mixed")
     check(rng, run, *cell, batches=SMALL)
 
 
-WRITE_LAYOUTS = [c for c in test_mosaic_write.CELLS if c[-1] < 100]
+WRITE_LAYOUTS = [c for c in test_mosaic_write.CELLS if c[-1] < 100 and c[4] <= 12]
 WRITE_SHUFFLED = [(f, "SHUFFLE", 16, (64, 64), 2, "bf16", 7) for f in ("E4M3_TENSOR", "INT8_TOKEN_HEAD", "BF16")]
 
 
 @interpreter
-@pytest.mark.parametrize("cell", WRITE_LAYOUTS[::6] + WRITE_SHUFFLED, ids=lambda c: "-".join(map(str, c)))
+@pytest.mark.parametrize("cell", WRITE_LAYOUTS[::5] + WRITE_SHUFFLED, ids=lambda c: "-".join(map(str, c)))
 def test_interpreted_write(cell, rng, interpreted, generation):
     generation(Arch.AMPERE if len(cell[0]) % 2 else Arch.HOPPER)
     test_mosaic_write.check(rng, run_write, *cell)

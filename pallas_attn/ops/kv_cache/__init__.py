@@ -22,7 +22,7 @@ OP = register(
         outputs,
         (
             Backend("mosaic", f"{_HERE}.mosaic", ("cuda",), (Arch.HOPPER,)),
-            Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="smaller copies"),
+            Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="up to twice the time of Mosaic"),
             Backend("xla", f"{_HERE}.xla", cost="a scatter for each buffer"),
             Backend("reference", f"{_HERE}.reference", cost="time slots x tokens"),
         ),
