@@ -2,6 +2,7 @@
 ahead of time for every generation."""
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import os
@@ -124,16 +125,17 @@ FEW = [c for c in CELLS if c[2] <= 64 and max(c[3]) <= 128 and c[4][0] <= 6]
 @pytest.mark.parametrize("cell", FEW[::3], ids=lambda c: "-".join(map(str, c)))
 def test_interpreted(cell, rng, interpreted, generation):
     generation(Arch.AMPERE if FEW.index(cell) % 2 else Arch.HOPPER)
-    check(rng, run_attention, *cell, batches=SMALL)
+    run = functools.partial(run_attention, config=attention.Config(16, 32, 1, 4, 3))
+    check(rng, run, *cell, batches=SMALL)
 
 
 @interpreter
-@pytest.mark.parametrize("option", [*list(OPTIONS)[::2], "everything"])
+@pytest.mark.parametrize("option", [*list(OPTIONS)[::3], "everything"])
 def test_interpreted_option(option, rng, interpreted, generation):
     """Of a configuration with two shares, so that each is seen by parts and merged."""
     generation(Arch.ADA)
     config = attention.Config(16, 16, 2, 4, 3)
-    run = lambda *args, **options: run_attention(*args, config=config, **options)  # noqa: E731
+    run = functools.partial(run_attention, config=config)
     cell = ("E4M3_HEAD", "NHD", 16, (64, 64), (2, 1), "f32", option, "mixed")
     check(rng, run, *cell, batches=SMALL)
 
