@@ -146,7 +146,8 @@ WRITE_SHUFFLED = [(f, "SHUFFLE", 16, (64, 64), 2, "bf16", 7) for f in ("E4M3_TEN
 
 @interpreter
 @pytest.mark.parametrize("cell", WRITE_LAYOUTS[::5] + WRITE_SHUFFLED, ids=lambda c: "-".join(map(str, c)))
-def test_interpreted_write(cell, rng, interpreted, generation):
+def test_interpreted_write(cell, rng, interpreted, generation, monkeypatch):
+    monkeypatch.setattr(write, "PROGRAMS", 10)  # so that some have several rows
     generation(Arch.AMPERE if len(cell[0]) % 2 else Arch.HOPPER)
     test_mosaic_write.check(rng, run_write, *cell)
 

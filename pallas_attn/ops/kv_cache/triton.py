@@ -1,5 +1,5 @@
 """Cache writes as one Triton launch, in place, for Ampere, Ada and Hopper: every format that can be written, every
-layout. A program takes one token's heads, or a share of them; codes are made by integer arithmetic, the same on all."""
+layout. A program takes some rows, each one token and head; codes are made by integer arithmetic, the same on all."""
 
 from typing import Any
 
@@ -15,6 +15,7 @@ from pallas_attn.runtime.triton import Shape, arch, power_of_two, triton_op
 GRANULARITIES = {"none": 0, "tensor": 1, "head": 2, "token_head": 4}
 KINDS = {E4M3: 1, E5M2: 2}  # as `runtime.triton_numbers` counts
 MOST = 4096  # elements of keys or values of one program
+PROGRAMS = 4 * 132  # that keep the largest of these GPUs busy
 
 
 def supports(p: Problem) -> str | None:
@@ -30,8 +31,8 @@ def supports(p: Problem) -> str | None:
 def run(p: Problem, *arrays):
     """The leaves of the written cache."""
     cache, k, v, slots = Args(*arrays)
-    heads = min(power_of_two(p.kv_heads), max(MOST // power_of_two(max(p.head_dim, p.v_head_dim)), 1))
-    shares = -(-p.kv_heads // heads)
+    dim, total = power_of_two(max(p.head_dim, p.v_head_dim)), p.tokens * p.kv_heads
+    rows = min(power_of_two(total // PROGRAMS), max(MOST // dim, 1))
     nothing = jnp.zeros(1)
     per_token = p.format.granularity == "token_head"
     bytes_only = not arch().has_fp8 and p.format.dtype in KINDS
@@ -44,8 +45,8 @@ def run(p: Problem, *arrays):
     written = [buffers[0], nothing if p.layout.single else buffers[1], *(scales if per_token else [nothing, nothing])]
     op = triton_op(
         "pallas_attn.ops.kv_cache.triton_kernels:write", out=[Shape(x.shape, x.dtype) for x in written],
-        grid=p.tokens * shares, constants=_sizes(p) | _rule(p) | {"HEADS": heads, "SHARES": shares},
-        aliases={5 + i: i for i, x in enumerate(written) if x is not nothing}, num_warps=4,
+        grid=-(-total // rows), constants=_sizes(p) | _rule(p) | {"ROWS": rows},
+        aliases={5 + i: i for i, x in enumerate(written) if x is not nothing}, num_warps=4 if rows * dim > 1024 else 1,
     )  # fmt: skip
     out = op(k, v, slots.astype(jnp.int32), *given, *written)
     buffers = tuple(lax.bitcast_convert_type(x, p.format.dtype) if bytes_only else x for x in out[: len(cache.buffers)])
@@ -55,7 +56,8 @@ def run(p: Problem, *arrays):
 def _sizes(p: Problem) -> dict[str, Any]:
     """Sizes, and where (page, head, slot, dim) of keys and values lies, in elements of its buffer."""
     constants: dict[str, Any] = {
-        "K": p.kv_heads, "N": p.pages, "S": p.page_size, "SINGLE": p.layout.single, "HEAD_MAJOR": p.layout.head_major,
+        "T": p.tokens, "K": p.kv_heads, "N": p.pages, "S": p.page_size, "SINGLE": p.layout.single,
+        "HEAD_MAJOR": p.layout.head_major,
     }  # fmt: skip
     for side, dim, buffer in (("K", p.head_dim, p.layout.buffers[0]), ("V", p.v_head_dim, p.layout.buffers[-1])):
         sizes = p.layout.sizes(p.pages, p.page_size, p.kv_heads, dim, p.format.dtype.itemsize)

@@ -1,5 +1,5 @@
-"""The Triton kernel of cache writes: one token's heads, or a share of them, keys and values both."""
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+"""The Triton kernel of cache writes: some rows, each one token and head, keys and values both."""
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
 
 import triton
 import triton.language as tl
@@ -22,7 +22,7 @@ def found_scale(x, AMAX_FLOOR: tl.constexpr, SCALE_FLOOR: tl.constexpr, BY: tl.c
 
 @triton.jit
 def write_side(
-    x, given, buffer, scales, token, page, at, head,
+    x, given, buffer, scales, row, page, at, head, ok,
     K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr,
     PAGE: tl.constexpr, HEAD: tl.constexpr, SLOT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr, BY_SLOT: tl.constexpr, BASE: tl.constexpr, HEAD_MAJOR: tl.constexpr,
@@ -30,28 +30,28 @@ def write_side(
     LOW: tl.constexpr, HIGH: tl.constexpr, AMAX_FLOOR: tl.constexpr, SCALE_FLOOR: tl.constexpr, BY: tl.constexpr,
     UE8M0: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values of one token: rows of its heads, quantised by the format's rule, put into the slot."""
+    """Rows of keys or of values, quantised by the format's rule, put into their slots."""
     d = tl.arange(0, DP)
-    mask = (head < K)[:, None] & (d < D)[None, :]
-    row = tl.load(x + (token * K + head)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    mask = ok[:, None] & (d < D)[None, :]
+    numbers = tl.load(x + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
     slot = at * SLOT if BLOCK == 0 or not BY_SLOT else (at // BLOCK) * BLOCKS + at % BLOCK
     dim = d * DIM if BLOCK == 0 or BY_SLOT else (d // BLOCK) * BLOCKS + d % BLOCK
-    where = (page * PAGE + slot + BASE) + (head.to(tl.int64) * HEAD)[:, None] + dim[None, :]
+    where = (page * PAGE + slot + head * HEAD + BASE)[:, None] + dim[None, :]
     if GRANULARITY == 0:
-        tl.store(buffer + where, row.to(buffer.dtype.element_ty), mask=mask)
+        tl.store(buffer + where, numbers.to(buffer.dtype.element_ty), mask=mask)
     else:
         if GRANULARITY == 4:
-            scale = found_scale(row, AMAX_FLOOR, SCALE_FLOOR, BY, HIGH, UE8M0)
+            scale = found_scale(numbers, AMAX_FLOOR, SCALE_FLOOR, BY, HIGH, UE8M0)
             place = page * (S * K) + (head * S + at if HEAD_MAJOR else at * K + head)
-            tl.store(scales + place, scale, mask=head < K)
+            tl.store(scales + place, scale, mask=ok)
         elif GRANULARITY == 2:
-            scale = tl.load(given + head, mask=head < K, other=1.0)
+            scale = tl.load(given + head, mask=ok, other=1.0)
         else:
             scale = tl.load(given) + tl.zeros_like(head).to(tl.float32)
         if RECIPROCAL:
-            y = row * tl.div_rn(1.0 + tl.zeros_like(scale), scale)[:, None]
+            y = numbers * tl.div_rn(1.0 + tl.zeros_like(scale), scale)[:, None]
         else:
-            y = tl.div_rn(row, scale[:, None] + tl.zeros_like(row))
+            y = tl.div_rn(numbers, scale[:, None] + tl.zeros_like(numbers))
         code = to_code(y, KIND, INTEGER, LOW, HIGH)
         tl.store((buffer if INTEGER else as_bytes(buffer)) + where, code, mask=mask)
 
@@ -59,7 +59,7 @@ def write_side(
 @triton.jit
 def write(
     k, v, slots, k_given, v_given, k_in, v_in, k_scale_in, v_scale_in, k_out, v_out, k_scale, v_scale,
-    K: tl.constexpr, N: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr, SHARES: tl.constexpr, SINGLE: tl.constexpr,
+    T: tl.constexpr, K: tl.constexpr, N: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, SINGLE: tl.constexpr,
     HEAD_MAJOR: tl.constexpr, GRANULARITY: tl.constexpr, KIND: tl.constexpr, INTEGER: tl.constexpr,
     RECIPROCAL: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, AMAX_FLOOR: tl.constexpr,
     SCALE_FLOOR: tl.constexpr, BY: tl.constexpr, UE8M0: tl.constexpr,
@@ -70,19 +70,18 @@ def write(
 ):  # fmt: skip
     """A token without a slot inside the cache writes nothing. The outputs are the cache's own memory, so that what
     comes in of it need not be read; a single buffer is the first."""
-    pid = tl.program_id(0)
-    token, head = (pid // SHARES).to(tl.int64), pid % SHARES * HEADS + tl.arange(0, HEADS)
-    slot = tl.load(slots + token)
-    if (slot < 0) | (slot >= N * S):
-        return
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head = row // K, row % K
+    slot = tl.load(slots + token, mask=token < T, other=-1)
+    ok = (slot >= 0) & (slot < N * S)
     page, at = (slot // S).to(tl.int64), slot % S
     write_side(
-        k, k_given, k_out, k_scale, token, page, at, head, K, KD, KDP, S, K_PAGE, K_HEAD, K_SLOT, K_DIM, K_BLOCK,
+        k, k_given, k_out, k_scale, row, page, at, head, ok, K, KD, KDP, S, K_PAGE, K_HEAD, K_SLOT, K_DIM, K_BLOCK,
         K_BLOCKS, False, 0, HEAD_MAJOR, GRANULARITY, KIND, INTEGER, RECIPROCAL, LOW, HIGH, AMAX_FLOOR, SCALE_FLOOR,
         BY, UE8M0,
     )  # fmt: skip
     write_side(
-        v, v_given, k_out if SINGLE else v_out, v_scale, token, page, at, head, K, VD, VDP, S, V_PAGE, V_HEAD, V_SLOT,
-        V_DIM, V_BLOCK, V_BLOCKS, True, V_BASE, HEAD_MAJOR, GRANULARITY, KIND, INTEGER, RECIPROCAL, LOW, HIGH,
+        v, v_given, k_out if SINGLE else v_out, v_scale, row, page, at, head, ok, K, VD, VDP, S, V_PAGE, V_HEAD,
+        V_SLOT, V_DIM, V_BLOCK, V_BLOCKS, True, V_BASE, HEAD_MAJOR, GRANULARITY, KIND, INTEGER, RECIPROCAL, LOW, HIGH,
         AMAX_FLOOR, SCALE_FLOOR, BY, UE8M0,
     )  # fmt: skip
