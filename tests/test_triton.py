@@ -231,6 +231,33 @@ COMPILED = [
 ]
 
 
+@pytest.mark.parametrize("arch", bridge.ARCHS, ids=lambda a: a.sm)
+@pytest.mark.parametrize("cell", COMPILED, ids=lambda c: "-".join(map(str, c)))
+def test_traces_where_triton_is_missing(cell, arch, generation):
+    """Bytes stand for FP8 before Ada."""
+    generation(arch)
+    args, options = abstract(*cell)
+    out = (pa.E5M2_STATIC, jnp.float32(0.5))
+    (launch, inputs), *_ = launches_of(lambda *args: run_attention(*args, out=out, **options), *args)
+    fp8 = {"uint8"} if arch is Arch.AMPERE else {"float8_e4m3fn", "float8_e5m2"}
+    assert {str(x.dtype) for x in (*inputs, *launch.out) if x.dtype.itemsize == 1} - {"int8"} <= fp8
+    got = jax.eval_shape(lambda *args: run_attention(*args, out=out, return_lse=True, **options), *args)
+    assert [(x.shape[:2], str(x.dtype)) for x in got] == [
+        (args[0].shape[:2], "float8_e5m2"),
+        (args[0].shape[:2], "float32"),
+    ]
+
+
+@pytest.mark.parametrize("cell", WRITE_LAYOUTS[::5] + WRITE_SHUFFLED, ids=lambda c: "-".join(map(str, c)))
+def test_write_traces_where_triton_is_missing(cell, generation):
+    """In place: every leaf that is written is one that comes in."""
+    generation(Arch.AMPERE)
+    args = test_mosaic_write.abstract(*cell)
+    ((launch, inputs),) = launches_of(run_write, *args)
+    assert len(launch.aliases) == (1 if args[0].layout.single else 2) + 2 * (args[0].format.granularity == "token_head")
+    assert jax.eval_shape(run_write, *args) == [S(x.shape, x.dtype) for x in jax.tree.leaves(args[0])]
+
+
 @compiler
 @pytest.mark.parametrize("arch", bridge.ARCHS, ids=lambda a: a.sm)
 @pytest.mark.parametrize("cell", COMPILED, ids=lambda c: "-".join(map(str, c)))

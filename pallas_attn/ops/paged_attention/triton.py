@@ -33,6 +33,7 @@ GRANULARITIES = {"none": 0, "tensor": 1, "head": 2, "seq_head": 3, "token_head":
 Q_GRANULARITIES = {"none": 0, "tensor": 1, "head": 2, "token_head": 3}
 KINDS = {E4M3: 1, E5M2: 2}  # as `runtime.triton_numbers` counts
 SMS = 132  # of the largest of these GPUs
+ENOUGH = 256  # small programs: nearly two for each SM
 MOST_SPLITS = 64
 
 
@@ -80,11 +81,11 @@ def choose(p: Problem, on: Arch) -> Config:
 
 
 def _splits(p: Problem, blocks: int, keys: int, few: bool) -> int:
-    """Shares of a context: enough to give every SM a program, more while the shares stay long."""
+    """Shares of a context: until there are programs enough for the GPU, and more while the shares stay long."""
     context, splits = p.pages_per_seq * p.page_size, 1
     while splits < min(MOST_SPLITS, context // (4 * keys)):
         programs = blocks * splits
-        if programs >= (2 * SMS if few else SMS) and (not few or programs >= 16 * SMS or context <= 1024 * splits):
+        if programs >= (ENOUGH if few else SMS) and (not few or programs >= 16 * SMS or context <= 1024 * splits):
             break
         splits *= 2
     return splits
