@@ -9,7 +9,7 @@ EXTRAS := test,bench,notebooks
 FIND_PYTHON := for p in python3 python3.13 python3.12; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then echo $$p; break; fi; done
 
-.PHONY: which-python serve test test-slow bench smoke lint format notebooks clean
+.PHONY: which-python serve test test-slow triton compiled interpreted bench smoke lint format notebooks clean
 .DELETE_ON_ERROR:
 
 which-python:
@@ -24,6 +24,17 @@ test: $(VENV)/.installed
 # The whole matrix of cells and configurations of the kernels, lowered for a GPU that need not be there.
 test-slow: $(VENV)/.installed
 	$(PY) -m pytest -n 2 --dist worksteal -m slow $(PYTEST)
+
+# The Triton kernels, compiled for every generation of GPUs and run by Triton's interpreter, in a venv with triton: no
+# GPU needed.
+triton:
+	$(MAKE) VENV=.venv-triton EXTRAS=test,triton compiled interpreted
+
+compiled: $(VENV)/.installed
+	$(PY) -m pytest -n 2 tests/test_triton.py tests/test_triton_op.py $(PYTEST)
+
+interpreted: $(VENV)/.installed
+	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 -k interpreted tests/test_triton.py tests/test_triton_op.py $(PYTEST)
 
 # The smaller pass for another jax: import, reference, goldens and conformance of the portable backend.
 smoke: $(VENV)/.installed
@@ -58,4 +69,4 @@ $(VENV)/.linters: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) bench/out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton bench/out .pytest_cache .ruff_cache .hypothesis

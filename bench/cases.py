@@ -87,6 +87,13 @@ def _ragged() -> Case:
     return Case("dec_l8_b64_ragged8192_p64_qbf16", "decode", seqs, 32, 8, 128, 64, fp8_query=False)
 
 
+def _csr(query: str) -> Case:
+    """A page a token, listed as SGLang and aiter do."""
+    return Case(
+        f"csr_l8_b32_c8192_p1_q{query}", "decode", ((1, 8192),) * 32, 32, 8, 128, 1, fp8_query=query == "fp8"
+    )  # fmt: skip
+
+
 def _layers() -> Case:
     return Case("layers32_l8_b32_c8192", "layers", ((1, 8192),) * 32, 32, 8, 128, 64, fp8_query=False, layers=32)
 
@@ -95,7 +102,8 @@ def _layers() -> Case:
 def all_cases() -> dict[str, Case]:
     """Every case of attention by name, each also in HND with the suffix `_hnd` (the peers' times are for NHD)."""
     rows = json.loads(PEERS.read_text())["cases"]
-    cases = [*(_from_table(r) for r in rows if r["op"] in ("decode", "prefill")), _ragged(), _layers()]
+    cases = [*(_from_table(r) for r in rows if r["op"] in ("decode", "prefill"))]
+    cases += [_ragged(), _csr("bf16"), _csr("fp8"), _layers()]
     hnd = [dataclasses.replace(c, name=f"{c.name}_hnd", layout=pa.HND) for c in cases]
     return {c.name: c for c in (*cases, *hnd)}
 
@@ -120,6 +128,9 @@ def arguments(case: Case, seed: int = 0) -> tuple[Any, pa.PagedKVCache, pa.Ragge
     starts = np.cumsum([0, *(n for n, _ in case.seqs)]).astype(np.int32)
     lengths = np.array([kv for _, kv in case.seqs], np.int32)
     most = max(n for n, _ in case.seqs)
+    if case.page_size == 1:
+        ends = np.cumsum([0, *owned]).astype(np.int32)
+        return query, cache, pa.RaggedBatch.from_csr(ends, jnp.asarray(order), cu_q_lens=starts, max_q_len=1)
     batch = pa.RaggedBatch(*map(jnp.asarray, (table, lengths, starts)), max_q_len=1 if most == 1 else None)
     return query, cache, batch.with_schedule()
 

@@ -48,5 +48,7 @@ from pallas_attn.runtime.dispatch import explain as explain
 from pallas_attn.runtime.dispatch import strict as strict
 from pallas_attn.runtime.dispatch import use_backend as use_backend
 from pallas_attn.runtime.support import support_table as support_table
+from pallas_attn.runtime.triton import strides as strides
+from pallas_attn.runtime.triton import triton_op as triton_op
 
 __version__ = "0.1.0"

@@ -32,6 +32,10 @@ class Buffer:
         """Array shape for these atomic sizes."""
         return tuple(math.prod(sizes[a] for a in axis.split()) for axis in self.axes)
 
+    def strides(self, sizes: Sizes) -> Sizes:
+        """Elements between neighbours along each atomic axis."""
+        return {a: math.prod(sizes[b] for b in self.atoms[i + 1 :]) for i, a in enumerate(self.atoms)}
+
     def read(self, array: Array, sizes: Sizes, pages: Array) -> Array:
         """Gather whole pages: `[*pages.shape, S, K, (P,) D]`, stored values; page numbers are clamped."""
         got = self.logical(as_bytes(array).at[pages.reshape(-1)].get(mode="clip"), sizes)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ class Backend:
     module: str
     platforms: tuple[str, ...] = ANY
     archs: tuple[Arch, ...] | None = None  # of NVIDIA GPUs; None for all
+    needs: tuple[str, ...] = ()  # packages beyond the library's own, as "name==version"
     cost: str = ""
 
     def load(self) -> Any:
@@ -116,13 +118,27 @@ def supports(backend: Backend, problem: Any) -> str | None:
 
 
 def here(backend: Backend, platform: str) -> str | None:
-    """None, or why the backend cannot run on this platform and its GPU; without a GPU in sight, any is assumed."""
+    """None, or why the backend cannot run on this platform, its GPU (without one in sight, any) and its packages."""
     if platform not in backend.platforms:
         return f"not on {platform}"
     arch = present_arch() if platform == "cuda" and backend.archs is not None else None
     if arch is None or backend.archs is None or arch in backend.archs:
-        return None
+        return missing(backend.needs)
     return f"only on {', '.join(a.name for a in backend.archs)}"
+
+
+@functools.cache
+def missing(needs: tuple[str, ...]) -> str | None:
+    """None, or which of the packages "name==version" is not here in that version."""
+    for need in needs:
+        name, _, version = need.partition("==")
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return f"{name} is not installed: pip install {' '.join(needs)}"
+        if found != version:
+            return f"{name} {found} is installed, {version} is the version tested: pip install {' '.join(needs)}"
+    return None
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from pallas_attn.runtime.dispatch import OPS, supports
+from pallas_attn.runtime.dispatch import OPS, missing, supports
 
 
 class Row(NamedTuple):
@@ -15,12 +15,22 @@ class Row(NamedTuple):
 
 
 class SupportTable(tuple[Row, ...]):
-    """Rows of the table; `str()` is markdown with a line a case, `summary()` with a line an op and dimension."""
+    """Rows of the table; `str()` is markdown with a line a case, `summary()` with a line an op and dimension.
+
+    The answers are those of a machine that has all packages; `off` tells which backends lack theirs here, and why.
+    """
 
     def __str__(self) -> str:
         names = self._backends()
         body = [[r.op, r.dimension, r.case, *(_cell(r, name) for name in names)] for r in self]
-        return _markdown(["op", "dimension", "case", *names], body)
+        notes = [f"{name} is off here: {reason}" for name, reason in self.off.items()]
+        return "\n\n".join([_markdown(["op", "dimension", "case", *names], body), *notes])
+
+    @property
+    def off(self) -> dict[str, str]:
+        """Backend -> what this installation lacks for it."""
+        backends = [b for name in dict.fromkeys(r.op for r in self) for b in OPS[name].backends]
+        return {b.name: reason for b in backends if (reason := missing(b.needs)) is not None}
 
     def summary(self) -> str:
         """Markdown: what each backend takes of each dimension, and what it refuses."""
@@ -34,7 +44,9 @@ class SupportTable(tuple[Row, ...]):
         return _markdown(["op", "cases", *names], body)
 
     def _backends(self) -> list[str]:
-        return list(dict.fromkeys(name for r in self for name in r.answers))
+        """Names, in the order of the op that has most of them."""
+        answers = sorted((r.answers for r in self), key=len, reverse=True)
+        return list(dict.fromkeys(name for of_row in answers for name in of_row))
 
 
 def _markdown(head: list[str], body: list[list[str]]) -> str:

@@ -9,6 +9,8 @@ from pallas_attn.ops.kv_cache.cases import support_cases
 from pallas_attn.ops.kv_cache.problem import outputs, prepare
 from pallas_attn.runtime.dispatch import Backend, Op, register
 from pallas_attn.runtime.op import apply
+from pallas_attn.runtime.triton import ARCHS as TRITON_ARCHS
+from pallas_attn.runtime.triton import NEEDS
 
 _HERE = "pallas_attn.ops.kv_cache"
 
@@ -20,6 +22,7 @@ OP = register(
         outputs,
         (
             Backend("mosaic", f"{_HERE}.mosaic", ("cuda",), (Arch.HOPPER,)),
+            Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="up to twice the time of Mosaic"),
             Backend("xla", f"{_HERE}.xla", cost="a scatter for each buffer"),
             Backend("reference", f"{_HERE}.reference", cost="time slots x tokens"),
         ),

@@ -12,10 +12,13 @@ from pallas_attn.ops.paged_attention.cases import support_cases
 from pallas_attn.ops.paged_attention.problem import outputs, prepare
 from pallas_attn.runtime.dispatch import Backend, Op, register
 from pallas_attn.runtime.op import apply
+from pallas_attn.runtime.triton import ARCHS as TRITON_ARCHS
+from pallas_attn.runtime.triton import NEEDS
 
 _HERE = "pallas_attn.ops.paged_attention"
 BACKENDS = (
     Backend("mosaic", f"{_HERE}.mosaic_decode", ("cuda",), (Arch.HOPPER,)),
+    Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="a tenth slower than Mosaic"),
     Backend("xla", f"{_HERE}.xla", cost="no tensor cores for FP8, several kernels a block"),
     Backend("reference", f"{_HERE}.reference", cost="memory tokens x context"),
 )

@@ -1,0 +1,83 @@
+"""Cache writes as one Triton launch, in place, for Ampere, Ada and Hopper: every format that can be written, every
+layout. A program takes some rows, each one token and head; codes are made by integer arithmetic, the same on all."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_attn.core.formats import E4M3, E5M2, INT8
+from pallas_attn.ops.kv_cache.problem import Args, Problem
+from pallas_attn.runtime.triton import Shape, arch, power_of_two, triton_op
+
+GRANULARITIES = {"none": 0, "tensor": 1, "head": 2, "token_head": 4}
+KINDS = {E4M3: 1, E5M2: 2}  # as `runtime.triton_numbers` counts
+MOST = 4096  # elements of keys or values of one program
+PROGRAMS = 4 * 132  # that keep the largest of these GPUs busy
+
+
+def supports(p: Problem) -> str | None:
+    """None, or what of the problem this kernel cannot do."""
+    refusals = {
+        f"no head dims {(p.head_dim, p.v_head_dim)}": max(p.head_dim, p.v_head_dim) > 1024,
+        f"no {p.format} cache": p.format.granularity not in GRANULARITIES,
+        "an empty call": not p.tokens,
+    }
+    return next((reason for reason, refused in refusals.items() if refused), None)
+
+
+def run(p: Problem, *arrays):
+    """The leaves of the written cache."""
+    cache, k, v, slots = Args(*arrays)
+    dim, total = power_of_two(max(p.head_dim, p.v_head_dim)), p.tokens * p.kv_heads
+    rows = min(power_of_two(total // PROGRAMS), max(MOST // dim, 1))
+    nothing = jnp.zeros(1)
+    per_token = p.format.granularity == "token_head"
+    bytes_only = not arch().has_fp8 and p.format.dtype in KINDS
+    buffers = [lax.bitcast_convert_type(x, jnp.uint8) if bytes_only else x for x in cache.buffers]
+    scales = [jnp.atleast_1d(x) for x in cache.scales or (nothing, nothing)]
+    if slots.dtype.itemsize > 4:  # 64 bits: nothing may wrap into the cache
+        slots = jnp.where((slots >= 0) & (slots < p.pages * p.page_size), slots, -1)
+    given = [nothing, nothing] if per_token else scales
+    # What is written comes in and goes out; of what is not, a number goes out that nobody writes.
+    written = [buffers[0], nothing if p.layout.single else buffers[1], *(scales if per_token else [nothing, nothing])]
+    op = triton_op(
+        "pallas_attn.ops.kv_cache.triton_kernels:write", out=[Shape(x.shape, x.dtype) for x in written],
+        grid=-(-total // rows), constants=_sizes(p) | _rule(p) | {"ROWS": rows},
+        aliases={5 + i: i for i, x in enumerate(written) if x is not nothing}, num_warps=4 if rows * dim > 1024 else 1,
+    )  # fmt: skip
+    out = op(k, v, slots.astype(jnp.int32), *given, *written)
+    buffers = tuple(lax.bitcast_convert_type(x, p.format.dtype) if bytes_only else x for x in out[: len(cache.buffers)])
+    return jax.tree.leaves(cache.replace(buffers, out[2:] if per_token else None))  # type: ignore[arg-type]
+
+
+def _sizes(p: Problem) -> dict[str, Any]:
+    """Sizes, and where (page, head, slot, dim) of keys and values lies, in elements of its buffer."""
+    constants: dict[str, Any] = {
+        "T": p.tokens, "K": p.kv_heads, "N": p.pages, "S": p.page_size, "SINGLE": p.layout.single,
+        "HEAD_MAJOR": p.layout.head_major,
+    }  # fmt: skip
+    for side, dim, buffer in (("K", p.head_dim, p.layout.buffers[0]), ("V", p.v_head_dim, p.layout.buffers[-1])):
+        sizes = p.layout.sizes(p.pages, p.page_size, p.kv_heads, dim, p.format.dtype.itemsize)
+        step, slow = buffer.strides(sizes), "D1" if side == "K" else "S1"
+        constants |= {
+            f"{side}D": dim, f"{side}DP": power_of_two(dim), f"{side}_PAGE": step["N"], f"{side}_HEAD": step["K"],
+            f"{side}_SLOT": step.get("S", 0), f"{side}_DIM": step.get("D", 0),
+            f"{side}_BLOCK": sizes["D0"] if p.layout.blocked else 0, f"{side}_BLOCKS": step.get(slow, 0),
+        }  # fmt: skip
+    return constants | {"V_BASE": step.get("P", 0)}
+
+
+def _rule(p: Problem) -> dict[str, Any]:
+    """How the format finds a scale, applies it, and rounds."""
+    format = p.format
+    by = float(np.float32(1) / np.float32(format.qmax)) if format.quantized else 0.0
+    return {
+        "GRANULARITY": GRANULARITIES[format.granularity], "KIND": KINDS.get(format.dtype, 0),
+        "INTEGER": format.dtype == INT8, "RECIPROCAL": format.apply_scale == "reciprocal",
+        "LOW": format.qmin if format.quantized else 0.0, "HIGH": format.qmax if format.quantized else 0.0,
+        "AMAX_FLOOR": format.amax_floor, "SCALE_FLOOR": format.scale_floor,
+        "BY": by if format.find_scale == "reciprocal" else 0.0, "UE8M0": format.ue8m0,
+    }  # fmt: skip
