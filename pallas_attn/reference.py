@@ -5,9 +5,18 @@ import functools
 from pallas_attn.ops import gather_kv as _gather_kv
 from pallas_attn.ops import kv_cache as _kv_cache
 from pallas_attn.ops import paged_attention as _paged_attention
+from pallas_attn.ops import sparse_indexer as _sparse_indexer
 
+gather_index = functools.partial(_sparse_indexer.gather_index, backend="reference")
 gather_kv = functools.partial(_gather_kv.gather_kv, backend="reference")
+indexer_logits = functools.partial(_sparse_indexer.indexer_logits, backend="reference")
+indexer_topk = functools.partial(_sparse_indexer.indexer_topk, backend="reference")
 paged_attention = functools.partial(_paged_attention.paged_attention, backend="reference")
+paged_indexer_logits = functools.partial(_sparse_indexer.paged_indexer_logits, backend="reference")
+write_index = functools.partial(_sparse_indexer.write_index, backend="reference")
 write_kv = functools.partial(_kv_cache.write_kv, backend="reference")
 
-__all__ = ["gather_kv", "paged_attention", "write_kv"]
+__all__ = [
+    "gather_index", "gather_kv", "indexer_logits", "indexer_topk", "paged_attention", "paged_indexer_logits",
+    "write_index", "write_kv",
+]  # fmt: skip
