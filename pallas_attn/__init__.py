@@ -54,6 +54,7 @@ from pallas_attn.ops.merge_attention import merge_attention as merge_attention
 from pallas_attn.ops.paged_attention import paged_attention as paged_attention
 from pallas_attn.ops.sparse_indexer import ContextSplit as ContextSplit
 from pallas_attn.ops.sparse_indexer import GatheredIndex as GatheredIndex
+from pallas_attn.ops.sparse_indexer import Indexer as Indexer
 from pallas_attn.ops.sparse_indexer import gather_index as gather_index
 from pallas_attn.ops.sparse_indexer import indexer_logits as indexer_logits
 from pallas_attn.ops.sparse_indexer import indexer_topk as indexer_topk
