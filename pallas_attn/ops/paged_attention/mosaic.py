@@ -25,7 +25,7 @@ def run(p: Problem, *arrays):
     short = short_rows(p)
     if short is None:
         return mosaic_prefill.run(p, *arrays)
-    results = mosaic_prefill.run(p, *arrays, few=short.max_q_len)
+    results = mosaic_prefill.run(p, *arrays, few=short.max_q_len or 0)
     return mosaic_decode.run(short, *arrays, into=results)
 
 

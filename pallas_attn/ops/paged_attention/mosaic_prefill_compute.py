@@ -30,6 +30,11 @@ class _Rows(NamedTuple):
 class Computer(Crew):
     """One of the warpgroups that compute."""
 
+    role: Any
+    s: Block  # at work
+    before: Any  # tiles of the blocks before it
+    mine: Any  # first token of the rows
+
     def run(self, role) -> None:
         """The warpgroup's 64 rows of every block."""
         plgpu.set_max_registers(COMPUTES, action="increase")

@@ -8,16 +8,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_attn.ops.paged_attention.mosaic_prefill_plan import (
-    WARPGROUPS,
-    Block,
-    Form,
-    Inputs,
-    locate,
-    take_ticket,
-)  # fmt: skip
+from pallas_attn.ops.paged_attention.mosaic_prefill_plan import WARPGROUPS, Block, Form, Inputs, locate
 from pallas_attn.ops.paged_attention.problem import Problem
-from pallas_attn.runtime.mosaic import ROWS, Layout, row_layout, token_layout
+from pallas_attn.runtime.mosaic import ROWS, Layout, row_layout, take_ticket, token_layout
 
 # Registers of a thread that prepares and of one that loads; those that compute have 200: of four times 128.
 PREPARES, LOADS = 88, 24

@@ -4,10 +4,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic.gpu import utils
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref
 
 from pallas_attn.core.formats import INT8
 from pallas_attn.ops.paged_attention.problem import Problem
@@ -144,12 +140,3 @@ def _with_tiles(p: Problem, form: Form, x: Inputs, s: Block) -> Block:
     # A block that sees nothing has one tile, all of it masked.
     count = jnp.maximum(lax.div(end + (form.tile - 1), tile) - tile0, 1)
     return s._replace(end=end, clear=clear, low_clear=low_clear, tile0=tile0, count=count)
-
-
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-def take_ticket(_, counter, to):
-    """to[0] = counter[0]++, by one thread of the warpgroup."""
-    i32, first = ir.IntegerType.get_signless(32), arith.constant(ir.IndexType.get(), 0)
-    with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
-        where, one = utils.memref_ptr(counter), arith.constant(i32, 1)
-        memref.store(llvm.atomicrmw(llvm.AtomicBinOp.add, where, one, llvm.AtomicOrdering.monotonic), to, [first])
