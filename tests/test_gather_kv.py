@@ -105,11 +105,15 @@ SCALES = (0.3, 1.7, 1.0009765625, 2.0**-14 / 3, 113.0)
 @pytest.mark.parametrize("format", ["E4M3_TENSOR", "E5M2_TENSOR"])
 def test_rounded_once(format, dtype, backend):
     """Every code times a scale is the exact product, rounded to float32 and to the result."""
+    assert_rounded_once(format, dtype, backend, SCALES)
+
+
+def assert_rounded_once(format, dtype, backend, scales):
     stored = FORMATS[format][0]
     codes = np.arange(256, dtype=np.uint8).view(stored)
     codes = np.where(np.isfinite(codes.astype(F32)), codes, stored(0))
     run = jax.jit(functools.partial(gather, max_tokens=1, dtype=dtype, backend=backend))
-    for scale in SCALES:
+    for scale in scales:
         got = np.asarray(run(*one_token(codes, scale, format)).k)[0, 0]
         product = codes.astype(np.float64) * np.float64(F32(scale))  # exact: 4 bits of mantissa times 24
         with np.errstate(over="ignore"):

@@ -24,6 +24,13 @@ from pallas_attn.core.caches import abstract_cache
 from pallas_attn.ops.paged_attention import mosaic, mosaic_decode, mosaic_prefill, mosaic_prefill_compute
 from pallas_attn.ops.paged_attention.problem import prepare
 
+
+@pytest.fixture(autouse=True)
+def prefill(monkeypatch):
+    """The kernel as it will be when it has passed these tests."""
+    monkeypatch.setattr(mosaic, "PREFILL", True)
+
+
 LENGTHS = {  # query tokens and context of each sequence; two more are padding
     "mixed": ((1, 5, 0, 170, 64, 1, 33), (9, 5, 7, 500, 64, 700, 300)),
     "prefill": ((40, 129, 31, 0, 64, 16, 15), (40, 129, 300, 0, 64, 400, 16)),
@@ -50,7 +57,7 @@ def call(cell):
 
 def possible(cell):
     *arguments, options = call(cell)
-    return mosaic.supports(prepare(*arguments, **options)[0]) is None
+    return mosaic_prefill.supports(prepare(*arguments, **options)[0]) is None
 
 
 CELLS = pairwise(LISTS, possible)
@@ -94,6 +101,15 @@ def test_interpreted(cell, rng, monkeypatch):
     for module in (mosaic_decode, mosaic_prefill):
         monkeypatch.setattr(module, "SMS", 2)
     check(rng, interpreted, *cell)
+
+
+def test_heads_of_a_block():
+    """Three heads of 64 FP8 numbers do not begin where copies may: then each is a block of its own."""
+    cell = ("E4M3_TENSOR", "NHD", 64, 64, (6, 2), "E4M3_TENSOR", "plain", "mixed")
+    *arguments, options = call(cell)
+    assert mosaic_prefill.part_of(prepare(*arguments, **options)[0]) == 1
+    *arguments, options = call((*cell[:5], "bf16", *cell[6:]))
+    assert mosaic_prefill.part_of(prepare(*arguments, **options)[0]) == 3
 
 
 def lower(cell, config=None):
@@ -165,17 +181,20 @@ REFUSED = {
     "page": ({"page_size": 8}, "no page size 8"),
     "ALiBi": ({"bias": pa.Bias(alibi_slopes=S((8,), jnp.float32))}, "no ALiBi"),
     "prefix ranges": ({"mask": pa.Mask(prefix_ranges=S((4, 2, 2), jnp.int32))}, "no prefix ranges"),
+    "narrow": ({"dim": 64, "group": 3, "out": (pa.E4M3_STATIC, 0.5)}, "no FP8 rows of 64 for an odd group of 3"),
     "wide": ({"dim": 256, "format": pa.INT8_TOKEN_HEAD, "dtype": jnp.float32}, "no head dim 256 with a F32 query"),
 }
 
 
 @pytest.mark.parametrize(("change", "reason"), list(REFUSED.values()), ids=list(REFUSED))
 def test_refuses(change, reason):
-    new = {"format": pa.E4M3_TENSOR, "layout": pa.NHD, "page_size": 64, "dim": 128, "dtype": jnp.bfloat16} | change
-    format, layout, page_size, dim, dtype = (new.pop(n) for n in ("format", "layout", "page_size", "dim", "dtype"))
+    new = {"format": pa.E4M3_TENSOR, "layout": pa.NHD, "page_size": 64, "dim": 128, "dtype": jnp.bfloat16}
+    new |= {"group": 4} | change
+    names = ("format", "layout", "page_size", "dim", "dtype", "group")
+    format, layout, page_size, dim, dtype, group = (new.pop(n) for n in names)
     cache = abstract_cache(format, layout, page_size=page_size, dim=dim)
     batch = pa.RaggedBatch(S((4, 8), jnp.int32), S((4,), jnp.int32), S((5,), jnp.int32))
-    q = S((40, 8, dim), dtype)
+    q = S((40, 2 * group, dim), dtype)
     assert reason in mosaic.supports(prepare(q, cache, batch, **new)[0])
     with pytest.raises(pa.Unsupported, match=reason):
         jax.eval_shape(

@@ -10,12 +10,13 @@ import dataclasses
 from pallas_attn.ops.paged_attention import mosaic_decode, mosaic_prefill
 from pallas_attn.ops.paged_attention.problem import Problem
 
+PREFILL = False  # the prefill kernel has yet to pass its tests on a GPU: until then only decode comes here
+
 
 def supports(p: Problem) -> str | None:
     """None, or what of the problem the kernels cannot do."""
-    if is_decode(p) and mosaic_decode.supports(p) is None:
-        return None
-    return mosaic_prefill.supports(p)
+    reason = mosaic_decode.supports(p)
+    return mosaic_prefill.supports(p) if reason and PREFILL else reason
 
 
 def run(p: Problem, *arrays):
@@ -35,7 +36,9 @@ def is_decode(p: Problem) -> bool:
 
 
 def short_rows(p: Problem) -> Problem | None:
-    """The decode problem of a mixed step: sequences of as many tokens as fill 8 rows. None where it is not worth a
-    launch, or not possible: then all are prefill."""
-    short = dataclasses.replace(p, max_q_len=max(1, 8 // p.group))
-    return None if p.seqs == 1 or mosaic_decode.supports(short) is not None else short
+    """The decode problem of a mixed step: sequences of as many tokens as fill 8 rows, or of one. None where it is not
+    worth a launch, or not possible: then all are prefill."""
+    if p.seqs == 1:
+        return None
+    problems = (dataclasses.replace(p, max_q_len=n) for n in (max(1, 8 // p.group), 1))
+    return next((short for short in problems if mosaic_decode.supports(short) is None), None)

@@ -61,6 +61,7 @@ def supports(p: Problem) -> str | None:
         f"no head dim {p.head_dim}, {p.v_head_dim}": p.head_dim not in (64, 128, 256) or p.v_head_dim != p.head_dim,
         f"no {p.q_format} query": p.q_format.quantized and p.q_format.dtype not in FP8,
         f"no {p.head_dim} head dims of {size} bytes": p.head_dim * size > 512,
+        f"no FP8 rows of {p.head_dim} for an odd group of {p.group}": not part_of(p),
         "an empty call": not p.tokens or not p.seqs,
     }
     reason = next((reason for reason, refused in refusals.items() if refused), None)
@@ -77,9 +78,17 @@ def choose(p: Problem) -> Config:
     return next((c for c in choices if shared_bytes(p, c) <= SHARED), choices[-1])
 
 
+def part_of(p: Problem) -> int:
+    """Heads of one block: the most that divide the group evenly and whose rows of a token begin at multiples of 128
+    bytes, as copies want it; queries of one head come in one copy. None would be 0."""
+    fits = lambda heads, dtype: heads * p.head_dim * dtype.itemsize % 128 == 0  # noqa: E731
+    parts = (d for d in range(1, min(p.group, ROWS) + 1) if p.group % d == 0)
+    return max((d for d in parts if fits(d, p.out_dtype) and (d == 1 or fits(d, p.q_format.dtype))), default=0)
+
+
 def form_of(p: Problem, config: Config, few: int = 0) -> Form:
     """The static shape of the kernel for one problem."""
-    part = max(d for d in range(1, min(p.group, ROWS) + 1) if p.group % d == 0)
+    part = part_of(p)
     stored, span = p.kv_format.dtype, ROWS // part
     wide = jnp.float16 if stored.itemsize == 1 else stored
     operand = jnp.float16 if stored == INT8 else stored

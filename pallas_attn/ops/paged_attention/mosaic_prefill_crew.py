@@ -129,32 +129,39 @@ class Loader(Crew):
 
         def step(state):
             n, cell, blocks, tiles = state
-            pl.when(n >= CELLS)(lambda: plgpu.barrier_wait(self.cell_used.at[lax.rem(n, CELLS)]))
-            self.cells[lax.rem(n, CELLS)] = cell
-            if self.counter is not None:
-                take_ticket(self.counter, self.ticket)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(self.cell_here.at[lax.rem(n, CELLS)])
+            self.hand_out(n, cell)
             block = locate(self.p, self.form, self.x, cell)
             pl.when(block.some)(lambda: self.load_block(block, blocks, tiles))
-            following = cell + self.workers if self.counter is None else self.ticket[0] + self.workers
-            plgpu.commit_smem()  # the ticket is read
             some = block.some.astype(jnp.int32)
-            return n + 1, following, blocks + some, tiles + some * block.count
+            return n + 1, self.following(cell), blocks + some, tiles + some * block.count
 
         first = jnp.int32(0), lax.axis_index("worker"), jnp.int32(0), jnp.int32(0)
         n, cell, blocks, tiles = lax.while_loop(lambda state: state[1] < cells, step, first)
-        # The end is a cell that is none.
-        pl.when(n >= CELLS)(lambda: plgpu.barrier_wait(self.cell_used.at[lax.rem(n, CELLS)]))
-        self.cells[lax.rem(n, CELLS)] = cell
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.cell_here.at[lax.rem(n, CELLS)])
+        self.hand_out(n, cell)  # the end is a cell that is none
         # No barrier is left in the middle of a phase that nobody saw.
         self.drain(self.cell_used, CELLS, n + 1)
         self.drain(self.k_used, self.form.keys, tiles)
         self.drain(self.v_free if self.narrow else self.v_used, self.form.values, tiles)
         for role in range(WARPGROUPS):
             pl.when(blocks > 0)(lambda role=role: plgpu.barrier_wait(self.q_used.at[role]))
+
+    def hand_out(self, n, cell) -> None:
+        """Tell the others the CTA's n-th cell."""
+        slot = lax.rem(n, CELLS)
+        pl.when(n >= CELLS)(lambda: plgpu.barrier_wait(self.cell_used.at[slot]))
+        self.cells[slot] = cell
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.cell_here.at[slot])
+
+    def following(self, cell):
+        """The next cell. It is taken only when the last one's tiles are on their way, a few tiles before the others are
+        done: whoever takes it sooner keeps it from those that are idle."""
+        if self.counter is None:
+            return cell + self.workers
+        plgpu.commit_smem()  # the last ticket is read
+        take_ticket(self.counter, self.ticket)
+        plgpu.commit_smem()
+        return self.ticket[0] + self.workers
 
     def load_block(self, s: Block, blocks, tiles) -> None:
         """All that one block sees, and its queries."""
