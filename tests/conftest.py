@@ -1,6 +1,10 @@
 """Fixtures shared by all tests."""
 
+import os
 import sys
+
+# Every thread of an interpreted kernel that waits at a barrier holds one of XLA's: as many as cores may be too few.
+os.environ.setdefault("PJRT_NPROC", "16")
 
 import jax
 import numpy as np

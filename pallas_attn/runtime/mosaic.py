@@ -1,11 +1,14 @@
-"""What Mosaic GPU kernels share: register layouts, how tiles lie in shared memory, and exactly rounded arithmetic."""
+"""What Mosaic GPU kernels share: register layouts, how tiles lie in shared memory, and what Pallas has no word for."""
 
 import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray, Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref
 
 Layout = plgpu.Layout
 ACC = plgpu.ACC  # type: ignore[attr-defined]  # public in fact, not in the type stubs
@@ -52,3 +55,16 @@ def divide(x: jax.Array, y: jax.Array, layout, interpret: bool) -> jax.Array:
         return x._pointwise(FragmentedArray._lift_fast_instr("div.rn.f32"), y)
 
     return quotient(x, y)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own
+
+
+def take_ticket(counter, to) -> None:
+    """to[0] = counter[0]++ by one thread: global memory to shared memory, both int32."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def take(_, counter, to):
+        i32, first = ir.IntegerType.get_signless(32), arith.constant(ir.IndexType.get(), 0)
+        with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
+            where, one = utils.memref_ptr(counter), arith.constant(i32, 1)
+            memref.store(llvm.atomicrmw(llvm.AtomicBinOp.add, where, one, llvm.AtomicOrdering.monotonic), to, [first])
+
+    take(counter, to)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own
