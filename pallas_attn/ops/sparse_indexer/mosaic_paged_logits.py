@@ -2,7 +2,7 @@
 
 The columns of all sequences are one flat list of units of work: first a sequence's tiles of cached keys, then, row by
 row, stretches of -inf behind them, each about as long to write as a tile is to read. The list is cut evenly between
-CTAs of one warpgroup, several on an SM, whatever the lengths. Per tile, with tokens as the long side of the matrix unit:
+CTAs of one warpgroup, several on an SM, whatever the lengths. Per tile, tokens being the long side of the product:
 
     S^T = K Q^T                             FP8 x FP8, for one query token after the other
     z = s sum_h (w_h s_h scale) relu(S^T)   along the rows of the accumulator: inside a warp
@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.ops.sparse_indexer.mosaic_paged_worker import FILL_TILES, Worker, most_rows
-from pallas_attn.ops.sparse_indexer.mosaic_parts import DIM, int32, no_queries, query_scale
+from pallas_attn.ops.sparse_indexer.mosaic_parts import DIM, int32, key_ring, no_queries, query_scale
 from pallas_attn.ops.sparse_indexer.paged_logits.problem import Args, Problem
 from pallas_attn.runtime.mosaic import SHARED, SMS, swizzled
 
@@ -66,8 +66,8 @@ def run(p: Problem, *arrays, config: Config | None = None):
 
     def paged_logits(*refs, **scratch):
         x = jax.tree.unflatten(tree, refs[: len(leaves)])
-        rowwise = None if INTERPRET is None else scratch["keys"]
-        Worker(p, config, workers, x, refs[-1], **scratch, rowwise=rowwise).run()
+        scratch["rowwise"], scratch["keys"] = scratch["keys"] if INTERPRET is None else [scratch["keys"]] * 2
+        Worker(p, config, workers, x, refs[-1], **scratch).run()
 
     kernel = plgpu.kernel(
         paged_logits, out_type=jax.ShapeDtypeStruct((p.tokens, p.max_len), jnp.float32),
@@ -99,14 +99,10 @@ def inputs_of(p: Problem, args: Args) -> dict[str, Any]:
 def scratch_of(p: Problem, config: Config) -> dict[str, Any]:
     """Shared memory and barriers of a CTA."""
     rows, (tile, stages, _), stored = most_rows(p), config, p.format.dtype
-    keys = plgpu.SMEM((stages, tile, DIM), stored, transforms=swizzled(stored, DIM))
-    # A page's rows are no multiple of the 8 that the matrix unit's tiles have, which a copy into them would need; rows
-    # of 128 bytes lie alike without those tiles.
-    rowwise = plgpu.SMEM((stages, tile, DIM), stored, transforms=swizzled(stored, DIM)[1:])
     parts = max(tile // p.page_size, tile // 64)
     return {
         "queries": plgpu.SMEM((rows, p.heads, DIM), stored, transforms=swizzled(stored, DIM)),
-        "keys": keys if INTERPRET is not None else plgpu.RefUnion(rowwise, keys),
+        "keys": key_ring(stages, tile, INTERPRET is not None),
         "key_scales": plgpu.SMEM((stages, tile), jnp.int32),
         "factors": plgpu.SMEM((rows, p.heads), jnp.float32),
         "line": plgpu.SMEM((tile,), jnp.float32),

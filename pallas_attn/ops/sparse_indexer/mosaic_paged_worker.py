@@ -43,22 +43,20 @@ class Worker:
     x: dict
     out: Any
     queries: Any
-    keys: Any
+    rowwise: Any  # the ring as copies fill it
+    keys: Any  # and as the matrix unit reads it
     key_scales: Any
     factors: Any
     line: Any
     units: Any
     q_here: Any
     here: Any
-    rowwise: Any = None  # the ring as copies fill it: part of `keys`, but for the interpreter
 
     def run(self) -> None:
         """All units of the worker."""
         p = self.p
         self.tile, self.stages = self.config.tile, self.config.stages
         self.columns = -(-p.max_len // self.tile)  # tiles of a whole row
-        if self.rowwise is None:
-            self.rowwise, self.keys = self.keys
         self.room = min(p.pages_per_seq * p.page_size, p.max_len)
         self.live = jnp.int32(p.seqs) if self.x["live"] is None else jnp.clip(self.x["live"][0], 0, p.seqs)
         self.survey()
@@ -67,7 +65,7 @@ class Worker:
         begin = jnp.minimum(lax.axis_index("worker") * each, total)
         end = jnp.minimum(begin + each, total)
         b, before = self.find(begin)
-        lax.while_loop(lambda state: state[1] < end, lambda state: self.segment(*state, end), (b, begin, before))
+        lax.while_loop(lambda state: state[1] < end, lambda state: self.segment(*state, end=end), (b, begin, before))
 
     # Which units
 
@@ -171,10 +169,7 @@ class Worker:
         for stage in range(self.stages):
             pl.when(stage < count)(lambda stage=stage: self.fetch(s, tile0 + stage, stage))
         lens = [self.row_len(s, i) for i in range(rows)]
-        weights = [
-            factors(self.x["weights"], self.x["q_scale"], self.x["scale"], jnp.minimum(s.start + i, self.p.tokens - 1))
-            for i in range(rows)
-        ]
+        weights = [self.own_factors(s, i) for i in range(rows)]
         if rows > 1:  # more than registers hold
             for i, w in enumerate(weights):
                 self.factors[i] = w
@@ -186,6 +181,12 @@ class Worker:
             return carry
 
         lax.fori_loop(0, count, step, jnp.int32(0))
+
+    def own_factors(self, s: Sequence, i: int):
+        """[H]: what the products of the sequence's query token i are multiplied by."""
+        token, q_scale = jnp.minimum(s.start + i, self.p.tokens - 1), self.x["q_scale"]
+        own = q_scale.at[token] if len(q_scale.shape) == 2 else q_scale
+        return factors(self.x["weights"].at[token], own, self.x["scale"])
 
     def row_len(self, s: Sequence, i: int):
         """How many tokens the sequence's row i sees."""

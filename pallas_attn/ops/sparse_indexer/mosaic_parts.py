@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.formats import Format
 from pallas_attn.core.quantized import Quantized
-from pallas_attn.runtime.mosaic import OVER_COLUMNS, Layout
+from pallas_attn.runtime.mosaic import OVER_COLUMNS, Layout, swizzled
 
 DIM = 128  # of a head: one row of the matrix unit's operands
 FILL = 128  # columns that are cleared at once: one for each thread
@@ -36,19 +36,21 @@ def int32(x, most: int) -> jax.Array:
     return x if x.dtype == jnp.int32 else jnp.clip(x, 0, most).astype(jnp.int32)
 
 
-def factors(weights, q_scale, scale, token):
-    """[H]: weights of a token times the scales of its queries and the logits' factor, as `terms.fold` has it."""
+def factors(weights, q_scale, scale):
+    """[H]: a token's weights times the scales of its queries, one or [H], and the logits' factor: `terms.fold`."""
     load = lambda ref: plgpu.load(ref, layout=OVER_COLUMNS, optimized=False)  # noqa: E731
-    w = load(weights.at[token])
+    w = load(weights)
     w = w if w.dtype == jnp.float32 else w.astype(jnp.float32)
-    match len(q_scale.shape):
-        case 2:
-            w = w * load(q_scale.at[token])
-        case _ if q_scale.shape[0] > 1:
-            w = w * load(q_scale)
-        case _:
-            w = w * q_scale[0]
-    return w * scale[0]
+    return w * (load(q_scale) if q_scale.shape[0] > 1 else q_scale[0]) * scale[0]
+
+
+def key_ring(stages: int, keys: int, interpret: bool) -> Any:
+    """Shared memory of blocks of keys: as copies fill it and as the matrix unit reads it, which the interpreter has no
+    need to tell apart. Keys that begin, or end, at no multiple of 8 could not be copied into the matrix unit's tiles of
+    8 rows; rows of 128 bytes lie alike without those tiles."""
+    shape, dtype = (stages, keys, DIM), jnp.float8_e4m3fn
+    tiles = plgpu.SMEM(shape, dtype, transforms=swizzled(dtype, DIM))
+    return tiles if interpret else plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=swizzled(dtype, DIM)[1:]), tiles)
 
 
 def put(ref, x) -> None:
@@ -61,7 +63,7 @@ def put(ref, x) -> None:
 
 
 def put_some(out, row, column, line, low, high) -> None:
-    """out[row, column + i] = line[i], low <= i < high, from shared memory; for the few lines that stick out of a row."""
+    """out[row, column + i] = line[i], low <= i < high, from shared memory: for lines that stick out."""
 
     def one(i, carry):
         out[row, column + i] = line[i]
@@ -74,15 +76,18 @@ def clear(out, row, first, end) -> None:
     """-inf in the columns first to end of a row."""
     strided = Layout.WG_STRIDED((FILL,), vec_size=1)
     nothing = plgpu.layout_cast(jnp.full((FILL,), -jnp.inf, jnp.float32), strided)
-    blocks = lax.div(jnp.maximum(end - first, 0), jnp.int32(FILL))
+    low = jnp.minimum(lax.div(first + (FILL - 1), jnp.int32(FILL)), lax.div(jnp.maximum(end, 0), jnp.int32(FILL)))
+    high = jnp.maximum(lax.div(jnp.maximum(end, 0), jnp.int32(FILL)), low)
 
     def block(i, carry):
-        put(out.at[row, pl.ds(first + i * FILL, FILL)], nothing)
+        put(out.at[row, pl.ds(i * FILL, FILL)], nothing)
         return carry
 
     def one(i, carry):
         out[row, i] = jnp.float32(-jnp.inf)
         return carry
 
-    lax.fori_loop(0, blocks, block, jnp.int32(0))
-    lax.fori_loop(first + blocks * FILL, end, one, jnp.int32(0))
+    lax.fori_loop(low, high, block, jnp.int32(0))
+    # What is left on either side, or all where no whole block is inside.
+    lax.fori_loop(first, jnp.minimum(low * FILL, end), one, jnp.int32(0))
+    lax.fori_loop(jnp.maximum(high * FILL, first), end, one, jnp.int32(0))
