@@ -1,0 +1,105 @@
+"""The selection on Hopper: rows of up to a million columns by one launch, for any input.
+
+A row lies in the registers of one CTA, or of a cluster of up to 8, which search one threshold together: a count of the
+numbers above a guess takes one barrier. Guesses first follow the counts as if the numbers were normal, then by the
+secant rule; from the ninth on they halve what is left of the order keys (floats as integers in the same order), so that
+no input takes more than 8 + 32 and a few. Now and then both ends move to the nearest numbers that there are, which ends
+the search at once where many are equal. Then each warp knows how many of the chosen stand before its columns, and 32
+neighbours at a time leave by one ballot: in ascending order, ties by the lowest column, without atomics.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_attn.ops.sparse_indexer.mosaic_parts import int32
+from pallas_attn.ops.sparse_indexer.mosaic_topk_lanes import MOST_UNITS, UNIT, WARPGROUPS, WARPS, Form, Lanes
+from pallas_attn.ops.sparse_indexer.mosaic_topk_search import Row
+from pallas_attn.ops.sparse_indexer.topk.problem import Args, Problem
+from pallas_attn.runtime.mosaic import SMS
+
+MOST_COLUMNS, MOST_K = 1 << 20, 4096
+MOST_CTAS = 8  # of a cluster, on every GPU
+CLUSTERED = 128  # SMs in groups of 16 that clusters share
+
+
+def supports(p: Problem) -> str | None:
+    """None, or what of the problem this kernel cannot do."""
+    refusals = {
+        "no order by value: sorted=False": p.sorted,
+        f"no k of {p.k}": p.k > MOST_K,
+        f"no rows of {p.columns} columns": p.columns > MOST_COLUMNS,
+        "an empty call": not p.rows,
+    }
+    return next((reason for reason, refused in refusals.items() if refused), None)
+
+
+def form_of(p: Problem, ctas: int | None = None) -> Form:
+    """The static shape of the kernel for one problem, by CTAs of a cluster: as few as hold a row."""
+    most = MOST_UNITS * UNIT
+    if ctas is None:
+        ctas = next((n for n in (1, 2, 4) if n * most >= p.columns), MOST_CTAS)
+    units = min(-(-p.columns // (ctas * UNIT)), MOST_UNITS)
+    segments = -(-p.columns // (ctas * units * UNIT))
+    staged = segments == 1 and p.columns % 256 == 0
+    clusters = min(SMS if ctas == 1 else CLUSTERED // ctas, p.rows)
+    return Form(p.rows, p.columns, p.k, ctas, units, segments, staged, clusters)
+
+
+def run(p: Problem, *arrays, ctas: int | None = None):
+    """The columns."""
+    form = form_of(p, ctas)
+    leaves, tree = jax.tree.flatten(inputs_of(form, Args(*arrays)))
+
+    def topk(*refs, tile, words, here):
+        x = jax.tree.unflatten(tree, refs[: len(leaves)])
+        select(form, x, Lanes(form, x["logits"], refs[-1], tile, words, here))
+
+    cluster: dict[str, Any] = {"cluster": (form.ctas,), "cluster_names": ("rank",)} if form.ctas > 1 else {}
+    kernel = plgpu.kernel(
+        topk, out_type=jax.ShapeDtypeStruct((p.rows, p.k), jnp.int32), grid=(form.clusters,), grid_names=("cluster",),
+        num_threads=WARPGROUPS, thread_name="warpgroup", scratch_types=scratch_of(form), **cluster,
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )  # fmt: skip
+    return (kernel(*leaves),)
+
+
+def inputs_of(form: Form, args: Args) -> dict[str, Any]:
+    """What the kernel reads, by name."""
+    logits = args.logits
+    return {
+        "logits": logits.reshape(form.rows, -1, 256) if form.staged else logits,
+        "starts": None if args.starts is None else int32(args.starts, form.columns),
+        "ends": None if args.ends is None else int32(args.ends, form.columns),
+    }
+
+
+def scratch_of(form: Form) -> dict[str, Any]:
+    """Shared memory and barriers of a CTA."""
+    return {
+        "tile": plgpu.SMEM((16 * form.units if form.staged else 1, 256), jnp.float32),
+        "words": plgpu.SMEM((2 * 3 * form.ctas * WARPS,), jnp.int32),
+        "here": plgpu.Barrier(),
+    }
+
+
+def select(form: Form, x: dict, lanes) -> None:
+    """The rows of one cluster, one after the other."""
+    cluster = lax.axis_index("cluster")
+    mine = lax.div(form.rows - cluster + form.clusters - 1, jnp.int32(form.clusters))
+    lanes.fetch(cluster)
+
+    def row(i, turn):
+        number = cluster + i * form.clusters
+        end = jnp.int32(form.columns) if x["ends"] is None else jnp.clip(x["ends"][number], 0, form.columns)
+        first = jnp.int32(0) if x["starts"] is None else jnp.clip(x["starts"][number], 0, end)
+        lanes.take(number, first, end)
+        sample = lanes.sample(turn)  # its barrier tells that all threads have their part of the row
+        pl.when(i + 1 < mine)(lambda: lanes.fetch(number + form.clusters))
+        return Row(form, lanes, end - first, sample).select(1 - turn)
+
+    lax.fori_loop(0, mine, row, jnp.int32(0))
