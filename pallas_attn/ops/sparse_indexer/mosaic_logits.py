@@ -44,7 +44,7 @@ def supports(p: Problem) -> str | None:
     """None, or what of the problem this kernel cannot do."""
     k = p.k_format
     scaled = k.granularity == "token_head" or (k.granularity == "group" and k.group == DIM)
-    refusals = no_queries(p.q_format, p.heads, p.head_dim) | {
+    refusals = no_queries(p.q_format, p.heads, p.head_dim, 32) | {
         f"no {k} keys": not scaled or k.dtype != jnp.float8_e4m3fn,
         f"fewer than {ROWS} keys": p.keys < ROWS,
         "an empty call": not p.tokens,

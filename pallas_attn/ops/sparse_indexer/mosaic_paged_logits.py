@@ -37,7 +37,7 @@ class Config(NamedTuple):
 
 def supports(p: Problem) -> str | None:
     """None, or what of the problem this kernel cannot do."""
-    refusals = no_queries(p.q_format, p.heads, p.head_dim) | {
+    refusals = no_queries(p.q_format, p.heads, p.head_dim, 8) | {
         "it needs batch.max_q_len <= 8": not 0 < (p.max_q_len or 9) <= 8,
         f"no {p.layout} layout, whose rows the matrix unit cannot read": p.layout.tiled,
         f"no pages of {p.page_size}": p.page_size != 32 and p.page_size % 64 != 0,

@@ -16,11 +16,11 @@ DIM = 128  # of a head: one row of the matrix unit's operands
 FILL = 128  # columns that are cleared at once: one for each thread
 
 
-def no_queries(format: Format, heads: int, dim: int) -> dict[str, bool]:
-    """Refusals that both ops share."""
+def no_queries(format: Format, heads: int, dim: int, fewest: int) -> dict[str, bool]:
+    """Refusals that both ops share; one of them takes no fewer than `fewest` heads."""
     return {
         f"no {format} query": not format.quantized or format.dtype != jnp.float8_e4m3fn or format.group not in (0, DIM),
-        f"no {heads} heads": heads not in (8, 16, 32, 64, 128),
+        f"no {heads} heads": heads < fewest or heads not in (8, 16, 32, 64, 128),
         f"no head dim {dim}": dim != DIM,
     }
 

@@ -43,8 +43,8 @@ def form_of(p: Problem, ctas: int | None = None) -> Form:
     most = MOST_UNITS * UNIT
     if ctas is None:
         ctas = next((n for n in (1, 2, 4) if n * most >= p.columns), MOST_CTAS)
-    units = min(-(-p.columns // (ctas * UNIT)), MOST_UNITS)
-    segments = -(-p.columns // (ctas * units * UNIT))
+    segments = -(-p.columns // (ctas * most))
+    units = -(-p.columns // (ctas * segments * UNIT))
     staged = segments == 1 and p.columns % 256 == 0
     clusters = min(SMS if ctas == 1 else CLUSTERED // ctas, p.rows)
     return Form(p.rows, p.columns, p.k, ctas, units, segments, staged, clusters)

@@ -1,8 +1,8 @@
 """What the Hopper selection does with a row's numbers: in registers, and in words that Pallas has no name for.
 
-A CTA of 16 warps holds a part of a row, a cluster of CTAs the whole. Warp w of it owns consecutive columns, of which its
-lanes hold every 32nd, so that a ballot speaks of 32 neighbours. Rows that no cluster can hold are read again by every
-step. Numbers outside of the row's range are NaN here, which no comparison counts.
+A CTA of 16 warps holds a part of a row, a cluster of CTAs the whole. A warp owns consecutive columns, of which a lane
+holds every 32nd, so that a ballot speaks of 32 neighbours. Rows that no cluster can hold are read again by every step.
+Numbers outside of the row's range are NaN here, which no comparison counts.
 """
 # pyright: reportCallIssue=false
 # the first parameter of an inline function is the compiler's own
@@ -399,7 +399,9 @@ class Lanes:
         low = (least == -jnp.inf).astype(I32)
 
         def equal(r, at, least, low, first, end):
-            same = arith.ori(arith.cmpf(arith.CmpFPredicate.OEQ, r, least), arith.cmpi(arith.CmpIPredicate.ne, low, _int(0)))
+            same = arith.ori(
+                arith.cmpf(arith.CmpFPredicate.OEQ, r, least), arith.cmpi(arith.CmpIPredicate.ne, low, _int(0))
+            )
             above = arith.xori(_greater(r, least), arith.constant(ir.IntegerType.get_signless(1), 1))
             return arith.andi(arith.andi(same, above), _inside(at, first, end))
 
@@ -420,9 +422,7 @@ class Lanes:
 
         @plgpu.inline_mgpu(arg_types=(self.layout, *(SPLAT,) * 8, REF), return_type=(NUMBER,) * 2)
         def leave(_, x, least, low, at, first, end, need, above, same, out):
-            least, low, at, first, end, need, above, same = map(
-                _of, (least, low, at, first, end, need, above, same)
-            )
+            least, low, at, first, end, need, above, same = map(_of, (least, low, at, first, end, need, above, same))
             pointer = utils.memref_ptr(out)
             before = utils.inline_ptx("mov.u32 $0, %lanemask_lt;", result_types=_i32())
             for i, r in enumerate(_registers(x)):
