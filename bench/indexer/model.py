@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 import pallas_attn as pa
 from bench.indexer import task
@@ -82,9 +83,12 @@ def load(path: Path = WEIGHTS) -> Params:
     )
 
 
-def embed(params: Params, keys: Array, values: Array, asked: Array) -> Tokens:
+def embed(params: Params, keys: ArrayLike, values: ArrayLike, asked: ArrayLike) -> Tokens:
     """Hidden states of one log, normed."""
-    return Tokens(_norm(params.key[keys] + params.value[values]), _norm(params.key[asked] + params.asked))
+    return Tokens(
+        _norm(params.key[jnp.asarray(keys)] + params.value[jnp.asarray(values)]),
+        _norm(params.key[jnp.asarray(asked)] + params.asked),
+    )
 
 
 def _norm(x: Array) -> Array:
@@ -140,8 +144,9 @@ def each_alone(questions: int, length: int, page_size: int) -> pa.RaggedBatch:
     return pa.RaggedBatch(pages, jnp.full(questions, length, jnp.int32), rows, max_q_len=1)
 
 
-def finish(params: Params, tokens: Tokens, heads: Array) -> Array:
+def finish(params: Params, tokens: Tokens, heads: object) -> Array:
     """Attention's output to logits."""
+    assert isinstance(heads, Array)  # neither quantised nor with its LSE: nobody asked
     x = tokens.questions + heads.reshape(heads.shape[0], -1) @ params.wo
     return _norm(x) @ params.out
 
