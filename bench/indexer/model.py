@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,9 +105,12 @@ def _rotate(x: Array, positions: Array) -> Array:
 
 
 def projections(params: Params, tokens: Tokens) -> tuple[Array, Array, Array]:
-    """Attention's queries [QUERIES, HEADS, D], keys and values [n, 1, D]."""
+    """Attention's queries [QUERIES, HEADS, D], keys and values [n, 1, D].
+
+    Queries grow with the logarithm of the length: else the softmax over more writes would blur what one of them says.
+    """
     n = tokens.writes.shape[0]
-    q = (tokens.questions @ params.wq).reshape(-1, HEADS, HEAD_DIM)
+    q = (tokens.questions @ params.wq).reshape(-1, HEADS, HEAD_DIM) * (math.log(n) / math.log(1024))
     k, v = jnp.split((tokens.writes @ params.wkv)[:, None], 2, -1)
     return _rotate(q, jnp.full(q.shape[0], n)), _rotate(k, jnp.arange(n)), v
 
