@@ -14,6 +14,11 @@ from pallas_attn.ops.sparse_indexer import indexer as layer
 
 D, R, WIDTH, LATENT, HEADS = 128, 64, 32, 24, 4
 
+# One compilation each, where eager calls would be dozens.
+quantize = jax.jit(pa.quantize, static_argnums=1)
+dequantize = jax.jit(pa.dequantize)
+project = jax.jit(pa.Indexer.project)
+
 
 def make(topk=8, **statics):
     return pa.Indexer.init(jax.random.key(0), WIDTH, LATENT, heads=HEADS, topk=topk, **statics)
@@ -73,7 +78,7 @@ def test_projections_are_the_formula(interleaved, rng):
     indexer = dataclasses.replace(indexer, norm=indexer.norm * 1.5, norm_bias=indexer.norm_bias + 0.25)
     hidden, latent = inputs(rng, 9)
     positions = jnp.array([0, 1, 2, 50, 51, 1000, 7, 8, 9])
-    got, want = indexer.project(hidden, latent, positions), defined(indexer, hidden, latent, positions)
+    got, want = project(indexer, hidden, latent, positions), defined(indexer, hidden, latent, positions)
     for mine, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=2e-4)
     assert all(
@@ -102,25 +107,24 @@ def test_hadamard_is_orthogonal(rng):
     np.testing.assert_allclose(jnp.sum(layer.hadamard(x) * layer.hadamard(y), -1), jnp.sum(x * y, -1), atol=1e-4)
 
 
-@pytest.mark.parametrize(("page_size", "backend"), [(1, "xla"), (16, "xla"), (16, "reference")])
-def test_a_step_is_the_definition(page_size, backend, rng):
+@pytest.mark.parametrize("backend", ["xla", "reference"])
+def test_a_step_is_the_definition(backend, rng):
     """Two sequences, the second one's earlier tokens cached by a step of its own; both forwards; poisoned pages."""
     indexer, lens = make(topk=5), np.array([13, 11])
-    pages = 64 // page_size
-    earlier = ragged(rng, [0, 7], [0, 7], page_size, pages_per_seq=pages // 4)
+    earlier = ragged(rng, [0, 7], [0, 7], 16, pages_per_seq=1)
     batch = dataclasses.replace(
         earlier, kv_lens=jnp.asarray(lens, jnp.int32), cu_q_lens=jnp.array([0, 13, 17]), num_seqs=jnp.int32(2)
     )
-    cache = pa.IndexCache.allocate(pages, page_size)
+    cache = pa.IndexCache.allocate(4, 16)
     cache = cache.replace(jnp.full_like(cache.pages, 0xFF))
     past, now = inputs(rng, 7), inputs(rng, 19)  # two tokens of padding
-    _, cache = run(indexer, past, earlier, cache)
+    _, old, _ = project(indexer, *past, jnp.arange(7))
+    cache = pa.write_index(cache, old, earlier.slot_mapping(7, 16))
     got, written = run(indexer, now, batch, cache, backend=backend)
     positions = np.concatenate([np.arange(13), np.arange(7, 11)])
-    q, k, w = indexer.project(now[0][:17], now[1][:17], jnp.asarray(positions))
-    _, old, _ = indexer.project(*past, jnp.arange(7))
+    q, k, w = project(indexer, now[0][:17], now[1][:17], jnp.asarray(positions))
     k = jnp.concatenate([k[:13], old, k[13:]])
-    k, q = (np.asarray(pa.dequantize(pa.quantize(*x))) for x in ((k, pa.INDEX_K), (q, pa.INDEX_Q)))
+    k, q = (np.asarray(dequantize(quantize(*x))) for x in ((k, pa.INDEX_K), (q, pa.INDEX_Q)))
     keys, w = (k[:13], k[13:]), np.asarray(w)
     want = np.full((19, 5), -1)
     for t, (b, p) in enumerate(zip([0] * 13 + [1] * 4, positions, strict=True)):
@@ -128,21 +132,22 @@ def test_a_step_is_the_definition(page_size, backend, rng):
         best = np.sort(np.argsort(-logits, kind="stable")[:5])
         want[t, : len(best)] = best
     np.testing.assert_array_equal(got, want)
-    if page_size == 16:
+    if backend == "xla":
         decode, other = run(indexer, now, dataclasses.replace(batch, max_q_len=8), cache, backend=backend)
         np.testing.assert_array_equal(np.asarray(decode)[13:], want[13:])  # the first sequence brings 13
         np.testing.assert_array_equal(other.pages, written.pages)
 
 
 def test_rows_in_pieces_are_the_whole(rng, monkeypatch):
-    indexer, batch = make(), ragged(rng, [40, 25], [40, 25], 16)
-    cache, given = pa.IndexCache.allocate(8, 16), inputs(rng, 65)
-    whole, _ = run(indexer, given, batch, cache, sorted=True)
+    """And by descending logit as by position."""
+    indexer, batch = make(), ragged(rng, [60], [60], 16)
+    cache, given = pa.IndexCache.allocate(4, 16), inputs(rng, 60)
+    whole, _ = run(indexer, given, batch, cache)
     monkeypatch.setattr(layer, "LOGITS", 64 * 10)
-    jax.clear_caches()
     pieces, _ = run(indexer, given, batch, cache, sorted=True)
-    np.testing.assert_array_equal(pieces, whole)
-    assert (np.asarray(whole)[np.arange(65), 0] >= 0).all()
+    assert (np.asarray(pieces) != np.asarray(whole)).any()
+    order = np.where(np.asarray(pieces) < 0, 99, pieces)
+    np.testing.assert_array_equal(np.sort(order, axis=1), np.where(np.asarray(whole) < 0, 99, whole))
 
 
 def test_hadamard_leaves_the_choice_nearly_alone(rng):
@@ -185,12 +190,12 @@ def test_dropped_rotation_is_another_choice_and_cannot_be_written(rng):
     dropped = dataclasses.replace(indexer, frequencies=jnp.zeros(R // 2))  # by an angle of 0: as if nobody turned
     wrong, _ = run(dropped, given, batch, cache)
     assert recall(wrong, right) < 0.7
-    _, k, _ = indexer.project(*given, jnp.arange(60))
-    turned = pa.quantize(k, pa.INDEX_K)
+    _, k, _ = project(indexer, *given, jnp.arange(60))
+    turned = quantize(k, pa.INDEX_K)
     slots = batch.slot_mapping(60, 16)
-    values, _ = written.read_slots(slots // 16, slots % 16)
+    values, _ = jax.jit(pa.IndexCache.read_slots)(written, slots // 16, slots % 16)
     np.testing.assert_array_equal(np.asarray(values).view(np.uint8), np.asarray(turned.values).view(np.uint8))
-    unturned = pa.quantize(dropped.project(*given, jnp.arange(60))[1], pa.INDEX_K)
+    unturned = quantize(project(dropped, *given, jnp.arange(60))[1], pa.INDEX_K)
     assert (np.asarray(values).view(np.uint8) != np.asarray(unturned.values).view(np.uint8)).mean() > 0.2
 
 
@@ -200,7 +205,7 @@ def test_tiles_at_page_size_one_are_another_choice_and_an_error(rng):
     right, written = run(indexer, given, batch, cache)
     assert written.layout is pa.INDEX_NORMAL
     # What upstream's writer did: tile offsets in pages of 132 bytes, where they reach into other tokens' pages.
-    k = pa.quantize(indexer.project(*given, jnp.arange(60))[1], pa.INDEX_K)
+    k = quantize(project(indexer, *given, jnp.arange(60))[1], pa.INDEX_K)
     flat, d = np.zeros(60 * 132, np.uint8), np.arange(D)
     for slot, row, scale in zip(
         np.asarray(batch.slot_mapping(60, 1)), np.asarray(k.values).view(np.uint8), np.asarray(k.scale), strict=True
@@ -210,8 +215,8 @@ def test_tiles_at_page_size_one_are_another_choice_and_an_error(rng):
         flat[slot * 132 + 128 : slot * 132 + 132] = scale.view(np.uint8)
     tiled = cache.replace(jnp.asarray(flat.reshape(60, 1, 132)))
     last = dataclasses.replace(batch, cu_q_lens=jnp.array([0, 8]), max_q_len=8)
-    q, _, w = indexer.project(given[0][-8:], given[1][-8:], jnp.arange(52, 60))
-    stored = pa.quantize(q, pa.INDEX_Q)
+    q, _, w = project(indexer, given[0][-8:], given[1][-8:], jnp.arange(52, 60))
+    stored = quantize(q, pa.INDEX_Q)
     good, bad = (
         pa.indexer_topk(pa.paged_indexer_logits(stored, w, c, last), 8, ends=jnp.arange(53, 61))
         for c in (written, tiled)

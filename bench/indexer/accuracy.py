@@ -6,11 +6,10 @@ latest of hundreds of writes) and rare ones (the only write).
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -108,19 +107,14 @@ def score(params: Params, logs: task.Logs, variant: str) -> Score:
     return Score(right[:, :half].mean(), right[:, half:].mean(), kept.mean())
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench indexer-accuracy", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--logs", type=int, default=4, help=f"of every length, with {task.QUERIES} questions each")
-    parser.add_argument("--length", type=int, action="append", help=f"default {LENGTHS}")
-    args = parser.parse_args(argv)
-    params, start, lengths = model.load(), time.monotonic(), args.length or LENGTHS
+def show(logs: int, lengths: Sequence[int]) -> None:
+    """Prints the table: `logs` random logs of every length."""
+    params, start = model.load(), time.monotonic()
     rows = []
     for variant in VARIANTS:
         row: list[str | float] = [variant]
         for length in lengths:
-            row += score(params, task.logs(np.random.default_rng(length), args.logs, length), variant)
+            row += score(params, task.logs(np.random.default_rng(length), logs, length), variant)
         rows.append(row)
     heads = [f"{length}: {name}" for length in lengths for name in Score._fields]
     print(tabulate(rows, headers=["right answers", *heads], floatfmt=".3f"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 import pallas_attn as pa
 from bench.indexer import task
@@ -82,9 +84,12 @@ def load(path: Path = WEIGHTS) -> Params:
     )
 
 
-def embed(params: Params, keys: Array, values: Array, asked: Array) -> Tokens:
+def embed(params: Params, keys: ArrayLike, values: ArrayLike, asked: ArrayLike) -> Tokens:
     """Hidden states of one log, normed."""
-    return Tokens(_norm(params.key[keys] + params.value[values]), _norm(params.key[asked] + params.asked))
+    return Tokens(
+        _norm(params.key[jnp.asarray(keys)] + params.value[jnp.asarray(values)]),
+        _norm(params.key[jnp.asarray(asked)] + params.asked),
+    )
 
 
 def _norm(x: Array) -> Array:
@@ -100,9 +105,12 @@ def _rotate(x: Array, positions: Array) -> Array:
 
 
 def projections(params: Params, tokens: Tokens) -> tuple[Array, Array, Array]:
-    """Attention's queries [QUERIES, HEADS, D], keys and values [n, 1, D]."""
+    """Attention's queries [QUERIES, HEADS, D], keys and values [n, 1, D].
+
+    Queries grow with the logarithm of the length: else the softmax over more writes would blur what one of them says.
+    """
     n = tokens.writes.shape[0]
-    q = (tokens.questions @ params.wq).reshape(-1, HEADS, HEAD_DIM)
+    q = (tokens.questions @ params.wq).reshape(-1, HEADS, HEAD_DIM) * (math.log(n) / math.log(1024))
     k, v = jnp.split((tokens.writes @ params.wkv)[:, None], 2, -1)
     return _rotate(q, jnp.full(q.shape[0], n)), _rotate(k, jnp.arange(n)), v
 
@@ -140,8 +148,9 @@ def each_alone(questions: int, length: int, page_size: int) -> pa.RaggedBatch:
     return pa.RaggedBatch(pages, jnp.full(questions, length, jnp.int32), rows, max_q_len=1)
 
 
-def finish(params: Params, tokens: Tokens, heads: Array) -> Array:
+def finish(params: Params, tokens: Tokens, heads: object) -> Array:
     """Attention's output to logits."""
+    assert isinstance(heads, Array)  # neither quantised nor with its LSE: nobody asked
     x = tokens.questions + heads.reshape(heads.shape[0], -1) @ params.wo
     return _norm(x) @ params.out
 

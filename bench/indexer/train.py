@@ -1,6 +1,6 @@
 """Trains the model of this folder through the library's own gradients.
 
-`python -m bench.indexer.train --steps 1500 --out bench/indexer/weights.npz`
+`python -m bench.indexer.train --steps 2000 --out bench/indexer/weights.npz`
 
 Attention learns the answers through `write_kv` and `paged_attention`, helped by being told where they stand (from the
 answers alone it takes many times as long to find them among thousands of writes); the indexer learns, through
@@ -24,7 +24,7 @@ from jax import Array
 from bench.indexer import model, task
 
 TOKENS = 4096  # writes of a step: fewer logs where they are longer
-LENGTHS = (1024, 512, 2048, 1024, 4096, 512, 2048, 8192)  # in turn
+LENGTHS = (1024, 512, 2048, 8192, 1024, 4096, 2048, 8192)  # in turn
 
 
 class State(NamedTuple):
@@ -82,8 +82,8 @@ def main() -> None:
     """Trains and says how it goes."""
     parser = argparse.ArgumentParser(prog="python -m bench.indexer.train", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak of the learning rate")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--lr", type=float, default=4e-3, help="peak of the learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=model.WEIGHTS)
     args = parser.parse_args()

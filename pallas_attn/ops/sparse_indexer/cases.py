@@ -1,4 +1,7 @@
-"""The cases of the indexer's ops: one list for the support table, the tests and the bench."""
+"""The cases of the indexer's ops: one list for the support table, the tests and the bench.
+
+Each op imports its cases, so these import an op's `prepare` when they are asked for, not before.
+"""
 
 from collections.abc import Iterator
 from typing import Any

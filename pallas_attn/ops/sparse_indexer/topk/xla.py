@@ -4,14 +4,18 @@ The k-th largest value of a row is found bit by bit, by 32 passes that count; th
 columns go. No sort of a row, no atomics: bounded for every input, and the same in every run.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from pallas_attn.ops.sparse_indexer.terms import in_blocks
 from pallas_attn.ops.sparse_indexer.topk.problem import Args, Problem, ranges
 
+ELEMENTS = 1 << 27  # logits of the rows that are searched at a time, at most about
 HIGH = np.uint32(1 << 31)  # the highest bit
 
 
@@ -23,9 +27,17 @@ def supports(p: Problem) -> str | None:
 def run(p: Problem, *arrays):
     """The columns."""
     args = Args(*arrays)
-    starts, ends = ranges(p, args)
+    if not p.rows:
+        return (jnp.zeros((0, p.k), jnp.int32),)
+    rows = args.logits, *ranges(p, args)
+    tile = min(p.rows, max(ELEMENTS // p.columns, 1))
+    return (in_blocks(functools.partial(select, p), tile, rows).reshape(-1, p.k)[: p.rows],)
+
+
+def select(p: Problem, logits: Array, starts: Array, ends: Array) -> Array:
+    """The columns [R, k] of some rows."""
     column = jnp.arange(p.columns, dtype=jnp.int32)
-    key = jnp.where((column >= starts) & (column < ends), ordered(args.logits), 0)
+    key = jnp.where((column >= starts) & (column < ends), ordered(logits), 0)
     need = jnp.clip(ends - starts, 0, p.k)
     least = threshold(key, need)
     above, equal = key > least, key == least
@@ -37,7 +49,7 @@ def run(p: Problem, *arrays):
         value = jnp.take_along_axis(key, jnp.minimum(best, p.columns - 1), axis=1)
         last = jnp.where(nth > need, np.uint32(0xFFFFFFFF), ~value)  # ascending here is descending there
         _, best = lax.sort((last, best), num_keys=1, is_stable=True)
-    return (jnp.where(nth <= need, best - starts, -1),)
+    return jnp.where(nth <= need, best - starts, -1)
 
 
 def ordered(x: Array) -> Array:
