@@ -11,13 +11,14 @@ import jax
 from tabulate import tabulate
 
 import pallas_attn as pa
-from bench import cases, gathers, layers, record, side, timing, writes
+from bench import cases, gathers, indexing, layers, record, side, timing, writes
 from bench.cases import Case
 from bench.gathers import GatherCase
+from bench.indexing import IndexingCase
 from bench.writes import WriteCase
 
-type AnyCase = Case | WriteCase | GatherCase
-KINDS = {"decode": cases, "prefill": cases, "layers": layers, "write": writes, "gather": gathers}  # by `case.op`
+type AnyCase = Case | WriteCase | GatherCase | IndexingCase
+KINDS = {"decode": cases, "prefill": cases, "layers": layers, "write": writes, "gather": gathers, "indexer": indexing}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 def chosen(args: argparse.Namespace) -> list[AnyCase]:
     """The cases that the options select."""
     found = [
-        c for c in (x for kind in (cases, writes, gathers) for x in kind.all_cases().values())
+        c for c in (x for kind in (cases, writes, gathers, indexing) for x in kind.all_cases().values())
         if fnmatch.fnmatch(c.name, args.case) and args.op in (None, c.op) and args.layout in (None, c.layout.name)
     ]  # fmt: skip
     if not found:
@@ -83,9 +84,7 @@ def run(args: argparse.Namespace) -> None:
                 print(peer.line(), flush=True)
 
 
-def one(
-    case: Case | WriteCase | GatherCase, backend: str | None, repeat: int, scheduled: bool = True
-) -> record.Result | str:
+def one(case: AnyCase, backend: str | None, repeat: int, scheduled: bool = True) -> record.Result | str:
     """Check and time one case; or say why a backend refuses it.
 
     The batch comes with its schedule, as in a serving step: computed once for all layers, outside of what is timed.
@@ -95,8 +94,9 @@ def one(
     args = kind.arguments(case)
     if not scheduled:
         args = tuple(dataclasses.replace(x, schedule=None) if isinstance(x, pa.RaggedBatch) else x for x in args)
-    names = []
-    for op, given in kind.calls(case, args):
+    alone = backend in getattr(kind, "UNREGISTERED", ())  # kernels that no dispatch knows
+    names = [str(backend)] if alone else []
+    for op, given in () if alone else kind.calls(case, args):
         answers = pa.explain(op, *given, backend=backend)
         name = next((name for name, answer in answers.items() if answer == "chosen"), None)
         if name is None:
