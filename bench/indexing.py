@@ -1,12 +1,15 @@
 """The cases of the sparse indexer: logits over cached keys (pmqa_*), over contiguous ones (mqa_*), selections (topk_*),
 and a decode step of all three parts, quantisation of the queries first (indexer_*).
 
-No dispatch knows the Hopper kernels yet: `--backend mosaic` calls them by themselves.
+No dispatch knows the Hopper kernels yet: `--backend mosaic` calls them by themselves, and `python -m bench.indexing
+'pmqa_*'` times their variants.
 """
 
 import dataclasses
+import fnmatch
 import functools
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_attn as pa
+from bench import timing
 from bench.cases import PEERS
 from pallas_attn.core.arch import H100
 from pallas_attn.ops.sparse_indexer import mosaic_logits, mosaic_paged_logits, mosaic_topk
@@ -188,45 +192,72 @@ def _pages(key, pages: int):
     return jax.lax.map(page, jax.random.split(key, pages), batch_size=64)
 
 
-def _logits(q, weights, cache, batch, width: int, backend: str | None):
+def variants(case: IndexingCase) -> dict[str, dict[str, Any]]:
+    """What a tuner may choose for a case's kernel, by name."""
+    match case.kind:
+        case "pmqa":
+            configs = [(tile, s, c) for tile in (64, 128) for s in (2, 3, 4) for c in (2, 3, 4) if tile * s <= 256]
+            return {str(c): {"config": mosaic_paged_logits.Config(*c)} for c in configs}
+        case "mqa":
+            configs = [(4, s, parts, r) for s in (2, 3, 4) for parts in (1, 4, 8) for r in ((112, 24), (104, 40))]
+            return {str(c): {"config": mosaic_logits.Config(*c)} for c in configs}
+        case "topk":
+            most = mosaic_topk.MOST_UNITS * mosaic_topk.UNIT
+            fits = [n for n in (1, 2, 4, 8) if n * most >= case.keys or n == 8]
+            return {f"{n} CTAs": {"ctas": n} for n in fits}
+    return {}
+
+
+def sweep(pattern: str, repeat: int = 7) -> None:
+    """Time every variant of the kernels of the cases that a pattern names; prints microseconds."""
+    for case in all_cases().values():
+        if not fnmatch.fnmatch(case.name, pattern):
+            continue
+        args = arguments(case)
+        for name, choice in variants(case).items():
+            timed = timing.measure(operation(case, "mosaic", **choice), *args, repeat=repeat)
+            print(f"{case.name:30s} {name:24s} {timed.us:8.1f} us  {case.floor_us / timed.us:.3f} of floor", flush=True)
+
+
+def _logits(q, weights, cache, batch, width: int, backend: str | None, choice: dict):
     if backend not in UNREGISTERED:
         return pa.paged_indexer_logits(q, weights, cache, batch, max_len=width, backend=backend)
     p, args = paged_problem.prepare(q, weights, cache, batch, max_len=width)
-    return _run(mosaic_paged_logits, p, args)
+    return _run(mosaic_paged_logits, p, args, choice)
 
 
-def _topk(case: IndexingCase, logits, ends, backend: str | None):
+def _topk(case: IndexingCase, logits, ends, backend: str | None, choice: dict):
     if backend not in UNREGISTERED:
         return pa.indexer_topk(logits, case.k, ends=ends, backend=backend)
-    return _run(mosaic_topk, *topk_problem.prepare(logits, case.k, ends=ends))
+    return _run(mosaic_topk, *topk_problem.prepare(logits, case.k, ends=ends), choice)
 
 
-def _run(kernel, p, args):
+def _run(kernel, p, args, choice: dict):
     reason = kernel.supports(p)
     if reason is not None:
         raise ValueError(f"the kernel refuses: {reason}")
     leaves, tree = jax.tree.flatten(args)
-    return kernel.run(p, *jax.tree.unflatten(tree, leaves))[0]
+    return kernel.run(p, *jax.tree.unflatten(tree, leaves), **choice)[0]
 
 
-def operation(case: IndexingCase, backend: str | None) -> Callable[..., jax.Array]:
-    """The timed function of the arguments."""
+def operation(case: IndexingCase, backend: str | None, **choice) -> Callable[..., jax.Array]:
+    """The timed function of the arguments; `choice` is one of `variants`."""
     width = -(-case.keys // PAGE) * PAGE
 
     def paged(q, weights, cache, batch):
-        return _logits(q, weights, cache, batch, width, backend)
+        return _logits(q, weights, cache, batch, width, backend, choice)
 
     def prefill(q, k, weights, starts, ends):
         if backend not in UNREGISTERED:
             return pa.indexer_logits(q, k, weights, starts, ends, backend=backend)
-        return _run(mosaic_logits, *logits_problem.prepare(q, k, weights, starts, ends))
+        return _run(mosaic_logits, *logits_problem.prepare(q, k, weights, starts, ends), choice)
 
     def whole(q, weights, cache, batch):
         logits = paged(pa.quantize(q, pa.INDEX_Q), weights, cache, batch)
-        return _topk(case, logits, batch.kv_lens, backend)
+        return _topk(case, logits, batch.kv_lens, backend, choice)
 
     def topk(logits, ends):
-        return _topk(case, logits, ends, backend)
+        return _topk(case, logits, ends, backend, choice)
 
     return {"pmqa": paged, "mqa": prefill, "topk": topk, "indexer": whole}[case.kind]
 
@@ -281,3 +312,7 @@ def _row(case: IndexingCase, args: tuple, t: int) -> tuple:
     table = jnp.arange(batch.page_table.shape[1], dtype=jnp.int32)[None]
     seen = batch.kv_lens[b : b + 1] - (case.next_n - 1 - i)
     return own(q), own(weights), pages, pa.RaggedBatch(table, seen, jnp.array([0, 1]), max_q_len=1)
+
+
+if __name__ == "__main__":
+    sweep(sys.argv[1])

@@ -418,6 +418,16 @@ def test_small_cases_are_right(case):
     assert indexing.check(small, args, None, most=2)[0] < 1e-5
 
 
+@pytest.mark.parametrize("case", ["pmqa_b1_c32768", "mqa_m4096_n32768", "topk_b1_c131072"])
+def test_variants_lower(case):
+    """Every variant that the bench times is one that the kernels can be built for."""
+    case = indexing.all_cases()[case]
+    args = jax.eval_shape(functools.partial(indexing.arguments, case))
+    for choice in list(indexing.variants(case).values())[::5]:
+        traced = jax.jit(indexing.operation(case, "mosaic", **choice)).trace(*args)
+        assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 1
+
+
 # On a GPU
 
 
