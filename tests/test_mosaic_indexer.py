@@ -325,6 +325,62 @@ def test_the_key_of_a_float_rises_with_it():
     np.testing.assert_array_equal(np.asarray(mosaic_topk_search.value(keys)), x)
 
 
+class Plain(Counted):
+    """Stands in for all that the warps do, with rows of one array each."""
+
+    def __init__(self, form, x, out):
+        self.form, self.x, self.out = form, x, out
+
+    def fetch(self, row):
+        pass
+
+    def take(self, row, first, end):
+        column = jnp.arange(self.form.columns)
+        self.row, self.first, self.inside = row, first, (column >= first) & (column < end)
+        self.numbers = jnp.where(self.inside, self.x[row], jnp.nan)
+        self.keys = exact_keys(self.numbers)
+
+    def sample(self, turn):
+        kept = jnp.where(jnp.isfinite(self.numbers), self.numbers, 0.0)[:: self.form.units]
+        some = jnp.isfinite(self.numbers)[:: self.form.units]
+        return jnp.sum(kept), jnp.sum(kept * kept), jnp.sum(some).astype(jnp.float32)
+
+    def write(self, chosen):
+        nth = jnp.arange(1, self.form.k + 1)
+        self.out[self.row] = jnp.searchsorted(jnp.cumsum(chosen), nth).astype(jnp.int32) - self.first
+
+    def place(self, least, turn):
+        self.write(self.keys >= exact_keys(least))
+
+    def place_with_ties(self, least, need, turn):
+        above = self.keys > exact_keys(least)
+        equal = self.inside & jnp.logical_not(above) & ((self.keys == exact_keys(least)) | (least == -jnp.inf))
+        self.write(above | (equal & (jnp.cumsum(equal) <= need)))
+
+    def place_all(self, count):
+        position = jnp.arange(self.form.k)
+        self.out[self.row] = jnp.where(position < count, position, -1)
+
+
+def test_rows_of_a_cluster_interpreted(rng):
+    """The walk over rows, their ranges, the search and the choice among equals; the warps' own part needs a GPU."""
+    kinds = ["normal", "all equal", "half -inf", "nearly all NaN", "all NaN", "ten low bits", "relu", "normal"]
+    x = jnp.asarray(np.stack([ROWS[kind](rng, 300) for kind in kinds]), jnp.float32)
+    starts = jnp.array([0, -5, 40, 0, 3, 299, 7, 200], jnp.int32)
+    ends = jnp.array([300, 999, 290, 300, 280, 300, 260, 100], jnp.int32)
+    p, args = topk_problem.prepare(x, 64, starts=starts, ends=ends)
+    form = mosaic_topk.form_of(p)._replace(clusters=3)
+
+    def select(x, starts, ends, out):
+        mosaic_topk.select(form, {"starts": starts, "ends": ends}, Plain(form, x, out))
+
+    kernel = plgpu.kernel(
+        select, out_type=S((len(kinds), 64), jnp.int32), grid=(3,), grid_names=("cluster",),
+        interpret=plgpu.InterpretGPUParams(),
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.asarray(kernel(x, starts, ends)), sorted_rows(p, args))
+
+
 TOPK = (
     (1, 5, 300),  # rows
     (512, 1000, 2048, 4096),  # k
