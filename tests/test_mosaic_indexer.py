@@ -532,9 +532,19 @@ def test_topk_on_gpu(cell, rng):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("k", [512, 2048])
 @pytest.mark.parametrize("columns", [4096, 32768, 40000, 131072, 400000])
-@pytest.mark.parametrize("kind", ROWS)
-def test_adversarial_rows_on_gpu(kind, columns, rng):
+def test_adversarial_rows_on_gpu(columns, k, rng):
     with np.errstate(over="ignore"):
-        p, args = concrete_topk(rng, 3, 2048, columns, "whole", ROWS[kind])
+        x = np.stack([kind(rng, columns) for kind in ROWS.values()]).astype(np.float32)
+    p, args = topk_problem.prepare(jnp.asarray(x), k)
     np.testing.assert_array_equal(twice(mosaic_topk, p, args), sorted_rows(p, args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ctas", [2, 4, 8])
+def test_clusters_choose_alike_on_gpu(ctas, rng):
+    """How many CTAs share a row is no part of the answer."""
+    p, args = concrete_topk(rng, 70, 1000, 32768, "starts and ends", ROWS["relu"])
+    got = jax.jit(lambda *xs: mosaic_topk.run(p, *xs, ctas=ctas)[0])(*args)
+    np.testing.assert_array_equal(np.asarray(got), sorted_rows(p, args))
