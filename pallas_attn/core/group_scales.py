@@ -49,7 +49,7 @@ def arrange(format: Format, scale: Array, fill: Array) -> Array:
     if format.scale_type != "int32":
         return scale
     exponents = _fill(lax.bitcast_convert_type(scale, jnp.int32) >> MANTISSA, (-scale.shape[-2] % 4, 0), 0)
-    exponents = exponents.reshape(*exponents.shape[:-2], -1, 4, exponents.shape[-1])
+    exponents = exponents.reshape(*exponents.shape[:-2], exponents.shape[-2] // 4, 4, exponents.shape[-1])
     return jnp.sum(exponents << 8 * jnp.arange(4)[:, None], axis=-2, dtype=jnp.int32)
 
 
@@ -65,7 +65,9 @@ def read(format: Format, scale: Array | BlockScale, values: tuple[int, ...]) -> 
     if format.scale_type == "int32":
         exponents = (blocks[..., None, :] >> 8 * jnp.arange(4)[:, None]) & 255  # [.., words, 4, M']
         blocks = lax.bitcast_convert_type(exponents << MANTISSA, jnp.float32)
-        blocks = blocks.reshape(*blocks.shape[:-3], -1, blocks.shape[-1])[..., : count(format, values), :]
+        blocks = blocks.reshape(*blocks.shape[:-3], 4 * blocks.shape[-3], blocks.shape[-1])[
+            ..., : count(format, values), :
+        ]
     if format.order != "row":
         blocks = jnp.swapaxes(blocks, -1, -2)[..., : values[-2], :]
     blocks = blocks.astype(jnp.float32)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +110,11 @@ def find_block_scale(x: Array, format: Format, tensor: Array | None) -> BlockSca
     return BlockScale(jnp.minimum(ideal * (1.0 / tensor), most).astype(E4M3), tensor)
 
 
+def arrange(scale: Array, format: Format) -> Array:
+    """Group scales [.., M, G] as they lie in memory; rows that are filled up have the scale of zeros."""
+    return group_scales.arrange(format, scale, scale_of(jnp.zeros(()), format, divide))
+
+
 def scale_of(amax: Array, format: Format, divide: Callable) -> Array:
     """The scale for float32 largest magnitudes. Kernels call it too, with a division that is IEEE's there."""
     amax, qmax = jnp.maximum(amax, format.amax_floor), np.float32(format.qmax)
@@ -171,18 +176,38 @@ def quantize(x: Float[Array, "*shape"], format: Format, scale: Array | float | N
     if format.two_level:
         blocks, scale = find_block_scale(x, format, scale)
         number = group_scales.repeat(format, blocks.astype(jnp.float32) * scale)
-        return Quantized(to_storage(x, number, format), BlockScale(_arrange(blocks, format), scale), format)
+        return Quantized(to_storage(x, number, format), BlockScale(arrange(blocks, format), scale), format)
     if scale is not None:
         return Quantized(to_storage(x, spread(format, scale, x.shape), format), scale, format)
     found = find_scale(x, format)
     if format.granularity != "group":
         return Quantized(to_storage(x, spread(format, found, x.shape), format), found, format)
-    return Quantized(to_storage(x, group_scales.repeat(format, found), format), _arrange(found, format), format)
+    return Quantized(to_storage(x, group_scales.repeat(format, found), format), arrange(found, format), format)
 
 
-def _arrange(scale: Array, format: Format) -> Array:
-    """Group scales [.., M, G] as they lie in memory; rows that are filled up have the scale of zeros."""
-    return group_scales.arrange(format, scale, scale_of(jnp.zeros(()), format, divide))
+def quantized_arrays(format: Format, shape: tuple[int, ...], given: bool) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What quantising numbers of this shape makes: values, then the scales that are found (none, one, or the blocks'
+    and the tensor's); `given` tells of a known scale."""
+    values = jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // format.per_byte), format.stored)
+    if format.two_level:
+        blocks = jax.ShapeDtypeStruct(scale_shape(format, shape), E4M3)
+        return (values, blocks) if given else (values, blocks, jax.ShapeDtypeStruct((), jnp.float32))
+    dtype = jnp.int32 if format.scale_type == "int32" else jnp.float32
+    return (values,) if given else (values, jax.ShapeDtypeStruct(scale_shape(format, shape), dtype))
+
+
+def take_apart(x: Quantized, given: bool) -> tuple[Leaf, ...]:
+    """The arrays that `quantized_arrays` tells of."""
+    if x.format.two_level:
+        return (x.values, x.scale.blocks) if given else (x.values, *x.scale)
+    return (x.values,) if given else (x.values, x.scale)
+
+
+def put_together(format: Format, arrays: Sequence[Leaf], given: Leaf | None) -> Quantized:
+    """The Quantized of such arrays and of the scale that was given, if any."""
+    values, *scales = arrays
+    scales = scales if given is None else [*scales, given]
+    return Quantized(values, BlockScale(*scales) if format.two_level else scales[0], format)
 
 
 def dequantize(x: Quantized, dtype=jnp.float32) -> Array:

@@ -11,10 +11,10 @@ from jaxtyping import Array
 from pallas_attn.core.batch import RaggedBatch, check_batch, check_kv_lens
 from pallas_attn.core.caches import PagedKVCache, check_cache
 from pallas_attn.core.errors import is_concrete, require
-from pallas_attn.core.formats import Format, float_format
+from pallas_attn.core.formats import GROUPS, Format, float_format
 from pallas_attn.core.layouts import Layout
 from pallas_attn.core.masks import Bias, Mask
-from pallas_attn.core.quantized import Quantized, check_positive
+from pallas_attn.core.quantized import Quantized, check_positive, quantized_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def prepare(
     _check_heads("sinks", sinks, q_heads)
     rank = bias.query_query is None or bias.query_query.ndim == 2
     require(rank, "bias.query_query", getattr(bias.query_query, "shape", None), "it is [Q, Q']")
-    out_dtype, out_format, out_scale = _check_out(out, q, q_format)
+    out_dtype, out_format, out_scale = _check_out(out, q, q_format, cache.v_head_dim)
     options = (*mask.names(), *bias.names(), *_extras(soft_cap, sinks, out_format, return_lse))
     problem = Problem(
         tokens, q_heads, kv_heads, head_dim, cache.v_head_dim, seqs, cache.num_pages, page_size, pages_per_seq,
@@ -93,17 +93,26 @@ def prepare(
 
 
 def outputs(p: Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """(out, lse?) of a call."""
-    out = jax.ShapeDtypeStruct((p.tokens, p.q_heads, p.v_head_dim), p.out_dtype)
+    """(out, the scales that are found, lse?) of a call."""
+    out = out_arrays(p)
     lse = jax.ShapeDtypeStruct((p.tokens, p.q_heads), jnp.float32)
-    return (out, lse) if p.return_lse else (out,)
+    return (*out, lse) if p.return_lse else out
+
+
+def out_arrays(p: Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """(out, the scales that are found): [T, H, DV], or [T, H * DV] in groups."""
+    format, shape = p.out_format, (p.tokens, p.q_heads, p.v_head_dim)
+    if format is None or format.granularity == "tensor":
+        return (jax.ShapeDtypeStruct(shape, p.out_dtype),)
+    return quantized_arrays(format, (p.tokens, p.q_heads * p.v_head_dim), format.two_level)
 
 
 def _extras(soft_cap, sinks, out_format, return_lse) -> tuple[str, ...]:
+    static = out_format is not None and out_format.granularity == "tensor"
     used = {
         "soft cap": soft_cap is not None,
         "sinks": sinks is not None,
-        "FP8 output": out_format is not None,
+        "FP8 output" if static else f"{out_format} output": out_format is not None,
         "LSE": return_lse,
     }
     return tuple(name for name, on in used.items() if on)
@@ -180,16 +189,30 @@ def _check_scalar(name: str, x) -> None:
         require(bool(np.isfinite(float(x))), name, x, "it is a finite number")
 
 
-def _check_out(out, q, q_format: Format) -> tuple[np.dtype, Format | None, Any]:
-    if isinstance(out, tuple):
-        require(len(out) == 2 and isinstance(out[0], Format), "out", out, "it is a dtype or (format, scale)")
-        format, scale = out
-        ok = format.granularity == "tensor"
-        require(ok, "out", format, "the output takes one static scale: use E4M3_STATIC or E5M2_STATIC")
-        require(np.ndim(scale) == 0, "out", f"a scale of shape {np.shape(scale)}", "it is one number")
-        check_positive(scale, "out")
-        return format.dtype, format, jnp.asarray(scale, jnp.float32)
-    dtype = np.dtype(out) if out is not None else np.dtype(jnp.bfloat16) if q_format.quantized else np.dtype(q.dtype)
+def _check_out(out, q, q_format: Format, v_dim: int) -> tuple[np.dtype, Format | None, Any]:
+    format, scale = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
+    if isinstance(format, Format) and format.quantized:
+        _check_out_format(format, scale, v_dim)
+        return format.stored, format, None if scale is None else jnp.asarray(scale, jnp.float32)
+    require(not isinstance(out, tuple), "out", out, "it is a dtype, a format in groups, or (format, scale)")
+    dtype = format.dtype if isinstance(format, Format) else out
+    dtype = np.dtype(dtype if dtype is not None else jnp.bfloat16 if q_format.quantized else q.dtype)
     fix = "use a float type, or (format, scale) for FP8: an FP8 array without a scale means nothing"
     require(float_format(dtype) is not None, "out", dtype, fix)
     return dtype, None, None
+
+
+def _check_out_format(format: Format, scale, v_dim: int) -> None:
+    fix = "use E4M3_STATIC or E5M2_STATIC with one scale, e4m3_group(64 or 128), or NVFP4 with the tensor's scale"
+    require(format.granularity in ("tensor", "group"), "out", format, fix)
+    if format.granularity == "group" and not format.two_level:
+        require(format.group in GROUPS, "out", f"{format} of groups of {format.group}", "groups are of 64 or 128")
+        require(scale is None, "out", f"{format} with a scale", "pass the format alone: it finds its own scales")
+    else:
+        require(scale is not None, "out", f"{format} without a scale", "pass (format, scale)")
+        require(np.ndim(scale) == 0, "out", f"a scale of shape {np.shape(scale)}", "it is one number")
+        check_positive(scale, "out")
+    whole = format.group is None or v_dim % format.group == 0
+    require(
+        whole, "out", f"{format} for values of {v_dim}", f"make them a multiple of {format.group}, or leave out float"
+    )

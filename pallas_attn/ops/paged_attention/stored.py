@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_attn.core.caches import PagedKVCache, to_token_major
-from pallas_attn.core.formats import Format
-from pallas_attn.core.quantized import Quantized, spread, to_storage
+from pallas_attn.core.quantized import Quantized, quantize, spread, take_apart
+from pallas_attn.ops.paged_attention.problem import Problem
 
 
 def query_numbers(q: Array | Quantized, kv_heads: int, real: Array) -> Array:
@@ -52,6 +52,10 @@ def _scale_of(cache: PagedKVCache, scale: Array, pages: Array, seq: Array, shape
             return picked.reshape(*shape, scale.shape[1] if cache.layout.head_major else scale.shape[2], 1)
 
 
-def finish(out: Array, dtype, format: Format | None, scale: Array | None) -> Array:
-    """The one rounding of the result: to a float type, or through a static scale to FP8."""
-    return out.astype(dtype) if format is None or scale is None else to_storage(out, scale, format)
+def finish(p: Problem, out: Array, scale: Array | None) -> tuple[Array, ...]:
+    """The one rounding of results [T, H, DV]: to a float type, through a static scale, or by groups of [T, H * DV]
+    with the scales that are found."""
+    if p.out_format is None:
+        return (out.astype(p.out_dtype),)
+    x = out if p.out_format.granularity == "tensor" else out.reshape(p.tokens, p.q_heads * p.v_head_dim)
+    return take_apart(quantize(x, p.out_format, scale), scale is not None)

@@ -3,9 +3,9 @@
 from jaxtyping import Array, Float
 
 from pallas_attn.core.formats import Format
-from pallas_attn.core.quantized import Quantized
+from pallas_attn.core.quantized import Quantized, put_together
 from pallas_attn.ops.quantize_output.cases import support_cases
-from pallas_attn.ops.quantize_output.problem import collect, outputs, prepare
+from pallas_attn.ops.quantize_output.problem import outputs, prepare
 from pallas_attn.runtime.dispatch import Backend, Op, register
 from pallas_attn.runtime.op import apply
 
@@ -48,4 +48,4 @@ def quantize(
       one that is not positive.
     """
     problem, args = prepare(x, format, scale)
-    return collect(problem, args.scale, apply(OP, problem, args, backend))
+    return put_together(format, apply(OP, problem, args, backend), args.scale)

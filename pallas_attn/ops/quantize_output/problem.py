@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_attn.core.errors import require
-from pallas_attn.core.formats import E4M3, Format
-from pallas_attn.core.group_scales import BlockScale
+from pallas_attn.core.formats import Format
 from pallas_attn.core.leaf import Leaf
-from pallas_attn.core.quantized import Quantized, check_quantize, scale_shape
+from pallas_attn.core.quantized import Quantized, check_quantize, quantized_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,30 +43,5 @@ def prepare(x, format, scale=None) -> tuple[Problem, Args]:
 
 
 def outputs(p: Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """(values, scales that are found): none, one, or the blocks' and the tensor's."""
-    values = jax.ShapeDtypeStruct((*p.shape[:-1], p.shape[-1] // p.format.per_byte), p.format.stored)
-    return (values, *found_scales(p.format, p.shape, p.given))
-
-
-def found_scales(format: Format, shape: tuple[int, ...], given: bool) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The scales that quantising values of this shape finds."""
-    tensor = jax.ShapeDtypeStruct((), jnp.float32)
-    if format.two_level:
-        blocks = jax.ShapeDtypeStruct(scale_shape(format, shape), E4M3)
-        return (blocks,) if given else (blocks, tensor)
-    dtype = jnp.int32 if format.scale_type == "int32" else jnp.float32
-    return () if given else (jax.ShapeDtypeStruct(scale_shape(format, shape), dtype),)
-
-
-def flat(p: Problem, q: Quantized) -> tuple[Leaf, ...]:
-    """The results of a backend, as `outputs` lists them."""
-    if p.format.two_level:
-        return (q.values, q.scale.blocks) if p.given else (q.values, *q.scale)
-    return (q.values,) if p.given else (q.values, q.scale)
-
-
-def collect(p: Problem, given: Leaf, results: tuple[Leaf, ...]) -> Quantized:
-    """What the caller gets: the results around the scale that was given, if any."""
-    values, *scales = results
-    scales = [*scales, *([given] if p.given else [])]
-    return Quantized(values, BlockScale(*scales) if p.format.two_level else scales[0], p.format)
+    """(values, scales that are found)."""
+    return quantized_arrays(p.format, p.shape, p.given)

@@ -1,12 +1,13 @@
 """Quantisation in plain jnp: the portable backend, and what derivatives are taken of."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_attn.core.quantized import quantize
-from pallas_attn.ops.quantize_output.problem import Args, Problem, flat
+from pallas_attn.core.quantized import quantize, take_apart
+from pallas_attn.ops.quantize_output.problem import Args, Problem
 from pallas_attn.runtime.op import apply
 
 
@@ -18,7 +19,7 @@ def supports(p: Problem) -> str | None:
 def run(p: Problem, *arrays):
     """(values, scales that are found)."""
     args = Args(*arrays)
-    return flat(p, quantize(args.x, p.format, args.scale))
+    return take_apart(quantize(args.x, p.format, args.scale), p.given)
 
 
 def fold(p: Problem, args: Args, mapped: Args, n: int, backend: str | None) -> list[Array] | None:
@@ -35,7 +36,7 @@ def fold(p: Problem, args: Args, mapped: Args, n: int, backend: str | None) -> l
     if format.granularity in ("group", "token_head"):
         return list(apply(OP, *prepare(x, format, scale), backend))
     x = jnp.moveaxis(x, -2, 1) if format.granularity == "head" else x[:, None]
-    rows = x.reshape(*x.shape[:2], -1)
+    rows = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
     scale = None if scale is None else scale.reshape(rows.shape[:2])
     values, *found = apply(OP, *prepare(rows, dataclasses.replace(format, granularity="token_head"), scale), backend)
     values = values.reshape(x.shape)
