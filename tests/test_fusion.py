@@ -401,6 +401,7 @@ def test_vmap(call):
 def test_results_keep_their_tree(toy_rules, rng):
     x = jnp.asarray(rng.standard_normal((4, 2, 64)), jnp.float32)
     fn = lambda *, x, more: {"out": small(x), "more": [more, None]}  # noqa: E731
-    got = pa.fuse(fn, toy_rules)(x=x, more=(1, jnp.ones(2)))
-    assert_same(got, fn(x=x, more=(jnp.asarray(1), jnp.ones(2))))
+    arguments = {"x": x, "more": (jnp.asarray(1), jnp.ones(2))}
+    got = pa.fuse(fn, toy_rules)(**arguments)
+    assert_same(got, fn(**arguments))
     assert got["out"].format == GROUP
