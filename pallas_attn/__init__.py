@@ -25,6 +25,8 @@ from pallas_attn.core.formats import INT8_TOKEN_HEAD as INT8_TOKEN_HEAD
 from pallas_attn.core.formats import KV_FORMATS as KV_FORMATS
 from pallas_attn.core.formats import Format as Format
 from pallas_attn.core.formats import e4m3_group as e4m3_group
+from pallas_attn.core.latent_cache import LATENT_FORMATS as LATENT_FORMATS
+from pallas_attn.core.latent_cache import LatentCache as LatentCache
 from pallas_attn.core.layouts import HND as HND
 from pallas_attn.core.layouts import INTERLEAVED as INTERLEAVED
 from pallas_attn.core.layouts import LAYOUTS as LAYOUTS
@@ -41,6 +43,9 @@ from pallas_attn.core.quantized import quantize as quantize
 from pallas_attn.ops.gather_kv import Gathered as Gathered
 from pallas_attn.ops.gather_kv import gather_kv as gather_kv
 from pallas_attn.ops.kv_cache import write_kv as write_kv
+from pallas_attn.ops.latent_cache import GatheredLatent as GatheredLatent
+from pallas_attn.ops.latent_cache import gather_latent as gather_latent
+from pallas_attn.ops.latent_cache import write_latent as write_latent
 from pallas_attn.ops.merge_attention import merge_attention as merge_attention
 from pallas_attn.ops.paged_attention import paged_attention as paged_attention
 from pallas_attn.runtime.dispatch import FallbackWarning as FallbackWarning
