@@ -47,6 +47,8 @@ from pallas_attn.ops.latent_cache import GatheredLatent as GatheredLatent
 from pallas_attn.ops.latent_cache import gather_latent as gather_latent
 from pallas_attn.ops.latent_cache import write_latent as write_latent
 from pallas_attn.ops.merge_attention import merge_attention as merge_attention
+from pallas_attn.ops.mla import TopK as TopK
+from pallas_attn.ops.mla import mla_attention as mla_attention
 from pallas_attn.ops.paged_attention import paged_attention as paged_attention
 from pallas_attn.runtime.dispatch import FallbackWarning as FallbackWarning
 from pallas_attn.runtime.dispatch import explain as explain

@@ -47,11 +47,10 @@ def poison(format):
     return np.uint8(255) if format == "FP8_DS_MLA" else nan_of(FORMATS[format])
 
 
-def attention(latents, queries, visible, scale):
+def attention(latents, latent_dim, queries, visible, scale):
     """(out [T, H, C], lse [T, H]) in float64. latents [N * S, C + R], queries [T, H, C + R]; visible: for each token
     the slots that it attends to, with repetitions."""
     tokens, heads, _ = queries.shape
-    latent_dim = latents.shape[-1] - 16 if latents.shape[-1] == 64 else 512
     out, lse = np.zeros((tokens, heads, latent_dim)), np.full((tokens, heads), -np.inf)
     for t, slots in enumerate(visible):
         if not len(slots):
@@ -103,7 +102,7 @@ class Problem:
         return *self.queries(), self.cache(), self.batch(**batch)
 
     def numbers(self):
-        """(latents [N * S, C + R], queries [T, H, C + R]) in float64, poison included."""
+        """(latents [N * S, C + R], queries [T, H, C + R]), poison included."""
         c, queries = self.dims[0], self.q.astype(np.float64)
         if self.q_format is not None:
             for part, scale in zip((slice(0, c), slice(c, None)), self.q_scale, strict=True):
@@ -128,7 +127,8 @@ class Problem:
 
     def expected(self, scale, visible=None):
         """The oracle's (out, lse)."""
-        return attention(*self.numbers(), self.causal() if visible is None else visible, scale)
+        latents, queries = self.numbers()
+        return attention(latents, self.dims[0], queries, self.causal() if visible is None else visible, scale)
 
 
 def make(

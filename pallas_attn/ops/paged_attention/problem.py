@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_attn.core.batch import RaggedBatch, check_batch, check_kv_lens
+from pallas_attn.core.batch import RaggedBatch, check_batch, check_kv_lens, check_queries
 from pallas_attn.core.caches import PagedKVCache, check_cache
 from pallas_attn.core.errors import is_concrete, require
 from pallas_attn.core.formats import Format, float_format
 from pallas_attn.core.layouts import Layout
 from pallas_attn.core.masks import Bias, Mask
 from pallas_attn.core.quantized import Quantized, check_positive
+from pallas_attn.core.query import check_query
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def prepare(
 ) -> tuple[Problem, Args]:  # fmt: skip
     """Check a call; returns what a backend decides on and what it computes with."""
     bias = Bias() if bias is None else bias
-    q_format = _check_q(q)
+    q_format = check_query("q", q)
     tokens, q_heads, head_dim = q.shape
     check_batch(batch)
     seqs, pages_per_seq = batch.page_table.shape
@@ -73,7 +74,7 @@ def prepare(
     check_kv_lens(batch, page_size)
     require(q_heads % kv_heads == 0, "q", f"{q_heads} heads", f"make it a multiple of the cache's {kv_heads} kv heads")
     require(head_dim == cache.head_dim, "q", f"head_dim {head_dim}", f"the cache has keys of {cache.head_dim}")
-    _check_queries(batch, tokens)
+    check_queries(batch, tokens)
     _check_mask(mask, seqs)
     _check_heads("bias.alibi_slopes", bias.alibi_slopes, q_heads)
     _check_heads("sinks", sinks, q_heads)
@@ -107,42 +108,6 @@ def _extras(soft_cap, sinks, out_format, return_lse) -> tuple[str, ...]:
         "LSE": return_lse,
     }
     return tuple(name for name, on in used.items() if on)
-
-
-def _check_q(q) -> Format:
-    require(len(q.shape) == 3, "q", f"shape {q.shape}", "it is [tokens, heads, head_dim]")
-    if not isinstance(q, Quantized):
-        format = float_format(q.dtype)
-        fix = "pass bfloat16, float16 or float32, or pa.Quantized(values, scale, format)"
-        require(format is not None, "q", f"a bare {q.dtype} array", fix)
-        return format  # type: ignore[return-value]
-    shapes = {"tensor": (), "head": q.shape[1:2], "token_head": q.shape[:2]}
-    granularity = q.format.granularity
-    require(granularity in shapes, "q.format", q.format, "a query has scales per tensor, head, or token and head")
-    expected = shapes[granularity]
-    fix = f"{q.format} for q {q.shape} needs {expected}"
-    require(q.scale.shape == expected, "q.scale", f"shape {q.scale.shape}", fix)
-    require(q.values.dtype == q.format.dtype, "q.values", q.values.dtype, f"{q.format} is stored as {q.format.dtype}")
-    if granularity != "token_head":
-        check_positive(q.scale, "q.scale")
-    return q.format
-
-
-def _check_queries(batch: RaggedBatch, tokens: int) -> None:
-    """What can be seen of the real sequences' query tokens where they are concrete; at run time they are clamped."""
-    live = batch.known_live
-    if live is None:
-        return
-    if is_concrete(batch.cu_q_lens):
-        cu = np.asarray(batch.cu_q_lens)[: live + 1]
-        rising = bool(np.all(np.diff(cu) >= 0) and cu[0] >= 0)
-        require(
-            rising, "batch.cu_q_lens", cu if cu.size < 9 else "a falling sequence", "it must not fall nor be negative"
-        )
-        require(int(cu[-1]) <= tokens, "batch.cu_q_lens", int(cu[-1]), f"q has only {tokens} tokens")
-        if batch.max_q_len is not None and live:
-            most = int(np.max(np.diff(cu), initial=0))
-            require(most <= batch.max_q_len, "batch.max_q_len", batch.max_q_len, f"a sequence has {most} query tokens")
 
 
 def _check_mask(mask: Mask, seqs: int) -> None:

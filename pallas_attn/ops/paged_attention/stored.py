@@ -3,19 +3,15 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_attn.core import query
 from pallas_attn.core.caches import PagedKVCache, to_token_major
 from pallas_attn.core.formats import Format
-from pallas_attn.core.quantized import Quantized, spread, to_storage
+from pallas_attn.core.quantized import Quantized, to_storage
 
 
 def query_numbers(q: Array | Quantized, kv_heads: int, real: Array) -> Array:
     """The query in float32 as [T, K, G, D], its scale applied; padding (not real [T]) is zero, whatever it holds."""
-    real = real[:, None, None]
-    x = q.values if isinstance(q, Quantized) else q
-    number = jnp.where(real, x.astype(jnp.float32), 0.0)
-    if isinstance(q, Quantized):
-        number = number * jnp.where(real, spread(q.format, q.scale, x.shape), 0.0)
-    return number.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
+    return query.query_numbers(q, real).reshape(q.shape[0], kv_heads, -1, q.shape[-1])
 
 
 def cache_numbers(cache: PagedKVCache, pages: Array, seq: Array, seen: Array) -> tuple[Array, Array]:

@@ -1,0 +1,59 @@
+"""Backward of MLA: one more stream over the keys, with the weights recomputed from the LSE."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from pallas_attn.ops.mla import xla
+from pallas_attn.ops.mla.problem import Args, Problem
+from pallas_attn.ops.mla.terms import dot, finish, queries
+from pallas_attn.runtime.op import differentiable
+
+
+def vjp(p: Problem, args: Args, cotangents: tuple) -> list[Array | None]:
+    """Cotangents of the flattened arguments; None for those that have none."""
+    leaves, tree = jax.tree.flatten(args)
+    grads: list[Array | None] = [None] * len(leaves)
+    if p.out_format is not None or p.empty:
+        return grads  # a quantised output carries no gradient
+    wide = [i for i, x in enumerate(leaves) if differentiable(x)]
+
+    def rebuild(values) -> Args:
+        full = list(leaves)
+        for i, x in zip(wide, values, strict=True):
+            full[i] = x.astype(leaves[i].dtype)
+        return Args(*jax.tree.unflatten(tree, full))
+
+    # Sums over blocks are kept in float32 whatever the type of the argument.
+    values = tuple(leaves[i].astype(jnp.float32) for i in wide)
+    latents, lse = xla.forward(p, rebuild(values))
+    _, pull = jax.vjp(lambda latents, values: finish(p, latents, rebuild(values).w_uv, None), latents, values)
+    d_latents, by_projection = pull(cotangents[0])
+    d_lse = cotangents[1] if p.return_lse else 0.0
+    shift = d_lse - jnp.sum(latents * d_latents, axis=-1)
+    by_attention = _stream(p, rebuild, values, lse, d_latents, shift)
+    for i, a, b in zip(wide, by_projection, by_attention, strict=True):
+        grads[i] = a + b
+    return grads
+
+
+def _stream(p: Problem, rebuild, values: tuple, lse: Array, d_latents: Array, shift: Array) -> tuple[Array, ...]:
+    """Of d_s = w * (d_latents . c + shift) what reaches each argument, with w = exp(s - lse)."""
+    args = rebuild(values)
+    finite = jnp.where(jnp.isfinite(lse), lse, 0.0)
+
+    def body(j, grads):
+        def terms(values):
+            a = rebuild(values)
+            keys, valid = xla.load(p, a, j)
+            s = xla.logits(a, queries(a, a.batch.tokens(p.tokens)[2]), keys)
+            return (s, keys[..., : p.latent_dim]), valid
+
+        (s, latents), pull, valid = jax.vjp(terms, values, has_aux=True)
+        weight = jnp.where(valid[:, None], jnp.exp(jnp.minimum(s - finite[..., None], 0.0)), 0.0)
+        d_s = weight * (dot("thc,txc->thx", d_latents, latents) + shift[..., None])
+        (new,) = pull((d_s, dot("thx,thc->txc", weight, d_latents)))
+        return jax.tree.map(jnp.add, grads, new)
+
+    return lax.fori_loop(0, xla.blocks(p, args), body, jax.tree.map(jnp.zeros_like, values))

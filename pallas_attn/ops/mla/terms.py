@@ -1,0 +1,57 @@
+"""The pieces that all portable code of MLA is made of: which slots a token sees, queries, and what becomes of the
+attended latents."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from pallas_attn.core.quantized import to_storage
+from pallas_attn.core.query import query_numbers
+from pallas_attn.ops.mla.problem import Args, Problem
+
+
+def queries(args: Args, real: Array) -> Array:
+    """Query numbers [T, H, C + R] in float32, padding zero."""
+    return jnp.concatenate([query_numbers(q, real) for q in (args.q_latent, args.q_rope)], axis=-1)
+
+
+def seen(p: Problem, args: Args, numbers: Array) -> tuple[Array, Array]:
+    """(slots, valid), each [T, X]: where the keys of each token lie, and whether there is such a key.
+
+    numbers [X]: which of a token's keys, counted along its sequence or along its row of `topk`.
+    """
+    seq, q_pos, real = args.batch.tokens(p.tokens)
+    valid = jnp.broadcast_to(real[:, None], (p.tokens, numbers.shape[0]))
+    if args.topk is None:
+        position = jnp.broadcast_to(numbers, valid.shape)
+        valid &= position <= q_pos[:, None]
+    else:
+        position = args.topk.indices.at[:, numbers].get(mode="fill", fill_value=-1)
+        if args.topk.lengths is not None:
+            valid &= numbers < args.topk.lengths[:, None]
+    if p.topk_slots:
+        valid &= (position >= 0) & (position < p.pages * p.page_size)
+        return jnp.where(valid, position, 0).astype(jnp.int32), valid
+    kv_len = jnp.clip(args.batch.kv_lens, 0, p.pages_per_seq * p.page_size)[seq]
+    valid &= (position >= 0) & (position < kv_len[:, None])
+    position = jnp.where(valid, position, 0).astype(jnp.int32)
+    page = jnp.take_along_axis(args.batch.page_table[seq], position // p.page_size, axis=1)
+    return jnp.clip(page, 0, p.pages - 1).astype(jnp.int32) * p.page_size + position % p.page_size, valid
+
+
+def finish(p: Problem, out: Array, w_uv: Array | None, scale: Array | None) -> Array:
+    """The up-projection of attended latents [T, H, C] in float32, where there is one, and the one rounding."""
+    if w_uv is not None:
+        out = dot("thc,hcv->thv", out, w_uv.astype(jnp.float32)).reshape(p.tokens, -1)
+    return out.astype(p.out_dtype) if p.out_format is None or scale is None else to_storage(out, scale, p.out_format)
+
+
+def nothing(p: Problem, args: Args):
+    """The answer where no token can see a key."""
+    out = finish(p, jnp.zeros((p.tokens, p.heads, p.latent_dim)), args.w_uv, args.out_scale)
+    return (out, jnp.full((p.tokens, p.heads), -jnp.inf)) if p.return_lse else (out,)
+
+
+def dot(subscripts: str, a: Array, b: Array) -> Array:
+    """einsum in full float32, on GPUs too."""
+    return jnp.einsum(subscripts, a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
