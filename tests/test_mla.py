@@ -203,6 +203,36 @@ def test_static_fp8_output(up, backend, rng):
     assert not np.asarray(got.values, F32)[sum((1, 5, 0, 17, 3, 2, 4)) :].any()
 
 
+OUTPUTS = {
+    "group 128": pa.e4m3_group(128),
+    "group 64, columns": pa.e4m3_group(64, order="column"),
+    "group 64, powers of two, aligned": pa.e4m3_group(64, ue8m0=True, order="tma"),
+    "group 128, packed": pa.e4m3_group(128, ue8m0=True, order="tma", packed=True),
+    "NVFP4": (pa.NVFP4, 0.001),
+}
+
+
+@pytest.mark.parametrize("up", [False, True], ids=["latent", "up-projected"])
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_bits_of_the_float32_result_quantised(name, up, backend, rng):
+    """One rounding: what `pa.quantize` makes of the float32 result, all heads of a token in a row; the scale of padding
+    is that of zeros."""
+    problem = make(rng, "FP8_DS_MLA", q_lens=(1, 3, 0, 2), kv_lens=(9, 3, 0, 33))
+    given = {"w_uv": jnp.asarray(rng.standard_normal((3, 512, 128)) / 20, F32)} if up else {}
+    out = OUTPUTS[name]
+    format, scale = out if isinstance(out, tuple) else (out, None)
+    run = jit(lambda *a, out: attend(*a, **given, out=out, backend=backend), static_argnames="out")
+    (x, lse), (got, got_lse) = (run(*problem.arguments(), out=o) for o in (jnp.float32, out))
+    want = pa.quantize(x.reshape(len(problem.q), -1), format, scale)
+    assert got.shape == (10, 3 * (128 if up else 512))
+    for a, b in zip(jax.tree.leaves((got, got_lse)), jax.tree.leaves((want, lse)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), strict=True)
+    zeros = pa.quantize(jnp.zeros((10, got.shape[1])), format, scale)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(zeros), strict=True):
+        rows = (a.T, b.T) if format.order != "row" and a.shape[0] != 10 else (a, b)
+        np.testing.assert_array_equal(*(np.asarray(x)[6:10] if x.ndim else np.asarray(x) for x in rows), strict=True)
+
+
 # ---------------------------------------------------------------- upstream
 
 DECODES = [n for n in goldens.names("mla") if n.endswith(("kvfp8", "dense_bf16", "dense_fp8", "flashinfer_mla"))]
@@ -506,6 +536,12 @@ BAD = {
     "out FP8": ({"out": fp8}, "out", "float8_e4m3fn"),
     "out scale negative": ({"out": (pa.E4M3_STATIC, -1.0)}, "out", "-1"),
     "out scales": ({"out": (pa.E4M3_STATIC, jnp.ones(2))}, "out", r"\(2,\)"),
+    "out in groups of 32": (
+        {"out": pa.Format("G32", np.dtype(fp8), "group", 32)}, "out", "G32 of groups of 32; groups are of 64 or 128",
+    ),
+    "out in groups of more than a head": ({"out": pa.e4m3_group(64)}, "out", "for values of 32"),
+    "out groups with a scale": ({"out": (pa.e4m3_group(64), 1.0)}, "out", "finds its own"),
+    "out NVFP4 without a scale": ({"out": pa.NVFP4}, "out", "NVFP4"),
     "out per head": ({"out": (pa.E4M3_HEAD, 1.0)}, "out", "E4M3_HEAD"),
     "backend": ({"backend": "nonsense"}, "backend", "nonsense"),
 }  # fmt: skip

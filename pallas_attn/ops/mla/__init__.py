@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int
 from pallas_attn.core.batch import RaggedBatch
 from pallas_attn.core.formats import Format
 from pallas_attn.core.latent_cache import LatentCache
-from pallas_attn.core.quantized import Quantized
+from pallas_attn.core.quantized import Quantized, put_together
 from pallas_attn.ops.mla.cases import support_cases
 from pallas_attn.ops.mla.problem import outputs, prepare
 from pallas_attn.ops.mla.topk import TopK
@@ -30,7 +30,7 @@ def mla_attention(
     scale: Array | float,
     topk: Int[Array, "T k"] | TopK | None = None,
     w_uv: Float[Array, "H C DV"] | None = None,
-    out: object | tuple[Format, Array | float] | None = None,
+    out: object | Format | tuple[Format, Array | float] | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Array | Quantized | tuple[Array | Quantized, Array]:
@@ -53,12 +53,15 @@ def mla_attention(
         YaRN's factor, never that of the absorbed width: so there is no default.
       topk: int32 `[T, k]` positions in the token's own sequence, -1 for none, or a `TopK` for slots and lengths.
       w_uv: `[H, C, DV]`, the value up-projection of each head; the result is then `[T, H * DV]`.
-      out: a float dtype (default q_latent's, bf16 for a quantised one), or (format, scale) with a format per tensor
-        such as `E4M3_STATIC` for an FP8 output quantised with that static scale.
+      out: a float dtype (default q_latent's, bf16 for a quantised one); (format, scale) with a format per tensor such
+        as `E4M3_STATIC` for an FP8 output quantised with that static scale; `e4m3_group(64 or 128)`, in any of its
+        orders, for one whose scales are found, or (`NVFP4`, the tensor's scale): DV, or C without w_uv, is a multiple
+        of the group.
       return_lse: also return the natural-log sum of exp(s), float32 `[T, H]`.
       backend: name of a backend; default the best that supports the call.
-    Returns: latents `[T, H, C]`, or `[T, H * DV]` with w_uv (a Quantized where `out` says so), and the LSE if asked.
-      Padding tokens and tokens that see no key are 0 with LSE -inf.
+    Returns: latents `[T, H, C]`, or `[T, H * DV]` with w_uv, and the LSE if asked; a Quantized for a quantised output,
+      in groups `[T, H * C]` or `[T, H * DV]` as the projection after it reads them. Padding tokens and tokens that see
+      no key are 0 (where scales are found, with that of zeros) with LSE -inf.
     Raises: InvalidInput for arguments that do not fit each other; Unsupported when the named backend refuses.
     Page numbers, slots and lengths out of range at run time are clamped or passed over: nothing outside the cache is
     read. Gradients reach queries, scales, w_uv and a float cache.
@@ -69,7 +72,6 @@ def mla_attention(
         q_latent, q_rope, cache, batch, scale=scale, topk=topk, w_uv=w_uv, out=out, return_lse=return_lse
     )
     results = apply(OP, problem, args, backend)
-    first = results[0]
-    if problem.out_format is not None:
-        first = Quantized(first, args.out_scale, problem.out_format)
-    return (first, results[1]) if return_lse else first
+    arrays = results[:-1] if return_lse else results
+    first = arrays[0] if problem.out_format is None else put_together(problem.out_format, arrays, args.out_scale)
+    return (first, results[-1]) if return_lse else first

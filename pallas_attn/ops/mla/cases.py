@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_attn.core.batch import RaggedBatch
-from pallas_attn.core.formats import BF16, E4M3_STATIC, E4M3_TENSOR, FP8_DS_MLA
+from pallas_attn.core.formats import BF16, E4M3_STATIC, E4M3_TENSOR, FP8_DS_MLA, NVFP4, e4m3_group
 from pallas_attn.core.latent_cache import LATENT_FORMATS, abstract_latent_cache
 from pallas_attn.core.quantized import Quantized
 from pallas_attn.ops.mla.problem import Problem, prepare
@@ -24,6 +24,8 @@ def options() -> Iterator[tuple[str, dict]]:
     yield "topk lengths", {"topk": TopK(listed, lengths)}
     yield "up-projection", {"w_uv": S((HEADS, 512, 128), jnp.bfloat16)}
     yield "FP8 output", {"out": (E4M3_STATIC, 0.5)}
+    yield "group FP8 output", {"out": e4m3_group(128)}
+    yield "NVFP4 output", {"out": (NVFP4, 0.01)}
     yield "LSE", {"return_lse": True}
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from pallas_attn.ops.mla import xla
 from pallas_attn.ops.mla.problem import Args, Problem
-from pallas_attn.ops.mla.terms import dot, finish, queries
+from pallas_attn.ops.mla.terms import dot, project, queries
 from pallas_attn.runtime.op import differentiable
 
 
@@ -28,8 +28,8 @@ def vjp(p: Problem, args: Args, cotangents: tuple) -> list[Array | None]:
     # Sums over blocks are kept in float32 whatever the type of the argument.
     values = tuple(leaves[i].astype(jnp.float32) for i in wide)
     latents, lse = xla.forward(p, rebuild(values))
-    _, pull = jax.vjp(lambda latents, values: finish(p, latents, rebuild(values).w_uv, None), latents, values)
-    d_latents, by_projection = pull(cotangents[0])
+    _, pull = jax.vjp(lambda latents, values: project(latents, rebuild(values).w_uv), latents, values)
+    d_latents, by_projection = pull(cotangents[0].astype(jnp.float32))
     d_lse = cotangents[1] if p.return_lse else 0.0
     shift = d_lse - jnp.sum(latents * d_latents, axis=-1)
     by_attention = _stream(p, rebuild, values, lse, d_latents, shift)

@@ -1,7 +1,7 @@
 """The contract of MLA: every cross-argument check, and the hashable record that backends decide on."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from pallas_attn.core.batch import RaggedBatch, check_batch, check_kv_lens, chec
 from pallas_attn.core.errors import is_concrete, require
 from pallas_attn.core.formats import Format, float_format
 from pallas_attn.core.latent_cache import LatentCache, check_latent_cache
-from pallas_attn.core.quantized import Quantized, check_positive
+from pallas_attn.core.output import check_out, out_arrays
+from pallas_attn.core.quantized import Quantized
 from pallas_attn.core.query import check_query
 from pallas_attn.ops.mla.topk import TopK, check_topk
 
@@ -78,12 +79,14 @@ def prepare(
     _check_scale(scale)
     topk = check_topk(topk, tokens)
     _check_w_uv(w_uv, heads, latent_dim)
-    out_dtype, out_format, out_scale = _check_out(out, q_latent, q_format)
+    v_dim = None if w_uv is None else w_uv.shape[2]
+    default = jnp.bfloat16 if q_format.quantized else q_latent.dtype
+    out_dtype, out_format, out_scale = check_out(out, default, v_dim or latent_dim)
     problem = Problem(
         tokens, heads, latent_dim, cache.rope_dim, seqs, cache.num_pages, cache.page_size, pages_per_seq,
         batch.max_q_len, q_format, cache.format, None if topk is None else topk.indices.shape[1],
         topk is not None and topk.slots, topk is not None and topk.lengths is not None,
-        None if w_uv is None else w_uv.shape[2], out_dtype, out_format, return_lse,
+        v_dim, out_dtype, out_format, return_lse,
     )  # fmt: skip
     return problem, Args(q_latent, q_rope, cache, batch, jnp.asarray(scale, jnp.float32), topk, w_uv, out_scale)
 
@@ -116,24 +119,9 @@ def _check_w_uv(w_uv, heads: int, latent_dim: int) -> None:
     require(ok, "w_uv", f"shape {w_uv.shape}", f"it is [{heads} heads, {latent_dim} latent, value dim]")
 
 
-def _check_out(out, q, q_format: Format) -> tuple[np.dtype, Format | None, Any]:
-    if isinstance(out, tuple):
-        require(len(out) == 2 and isinstance(out[0], Format), "out", out, "it is a dtype or (format, scale)")
-        format, scale = out
-        ok = format.granularity == "tensor"
-        require(ok, "out", format, "the output takes one static scale: use E4M3_STATIC or E5M2_STATIC")
-        require(np.ndim(scale) == 0, "out", f"a scale of shape {np.shape(scale)}", "it is one number")
-        check_positive(scale, "out")
-        return format.dtype, format, jnp.asarray(scale, jnp.float32)
-    dtype = np.dtype(out) if out is not None else np.dtype(jnp.bfloat16) if q_format.quantized else np.dtype(q.dtype)
-    fix = "use a float type, or (format, scale) for FP8: an FP8 array without a scale means nothing"
-    require(float_format(dtype) is not None, "out", dtype, fix)
-    return dtype, None, None
-
-
 def outputs(p: Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """(out, lse?) of a call."""
+    """(out, the scales that are found, lse?) of a call."""
     shape = (p.tokens, p.heads, p.latent_dim) if p.v_dim is None else (p.tokens, p.heads * p.v_dim)
-    out = jax.ShapeDtypeStruct(shape, p.out_dtype)
+    out = out_arrays(shape, p.out_dtype, p.out_format)
     lse = jax.ShapeDtypeStruct((p.tokens, p.heads), jnp.float32)
-    return (out, lse) if p.return_lse else (out,)
+    return (*out, lse) if p.return_lse else out

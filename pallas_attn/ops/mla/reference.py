@@ -13,7 +13,7 @@ def supports(p: Problem) -> str | None:
 
 
 def run(p: Problem, *arrays):
-    """(out, lse [T, H] if asked). Memory: tokens x the whole cache in float32."""
+    """(out, the scales that are found, lse [T, H] if asked). Memory: tokens x the whole cache in float32."""
     args = Args(*arrays)
     if p.empty:
         return nothing(p, args)
@@ -32,5 +32,4 @@ def run(p: Problem, *arrays):
     some = total > 0
     total = jnp.where(some, total, 1.0)
     out = dot("thx,txc->thc", weight, keys[..., : p.latent_dim]) / total[..., None]
-    out = finish(p, out, args.w_uv, args.out_scale)
-    return (out, jnp.where(some, top + jnp.log(total), -jnp.inf)) if p.return_lse else (out,)
+    return finish(p, args, out, jnp.where(some, top + jnp.log(total), -jnp.inf))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_attn.core.quantized import to_storage
+from pallas_attn.core import output
 from pallas_attn.core.query import query_numbers
 from pallas_attn.ops.mla.problem import Args, Problem
 
@@ -39,17 +39,24 @@ def seen(p: Problem, args: Args, numbers: Array) -> tuple[Array, Array]:
     return jnp.clip(page, 0, p.pages - 1).astype(jnp.int32) * p.page_size + position % p.page_size, valid
 
 
-def finish(p: Problem, out: Array, w_uv: Array | None, scale: Array | None) -> Array:
-    """The up-projection of attended latents [T, H, C] in float32, where there is one, and the one rounding."""
-    if w_uv is not None:
-        out = dot("thc,hcv->thv", out, w_uv.astype(jnp.float32)).reshape(p.tokens, -1)
-    return out.astype(p.out_dtype) if p.out_format is None or scale is None else to_storage(out, scale, p.out_format)
+def finish(p: Problem, args: Args, out: Array, lse: Array) -> tuple[Array, ...]:
+    """The results from attended latents [T, H, C] in float32: their up-projection, where there is one, and the one
+    rounding."""
+    results = output.finish(project(out, args.w_uv), p.out_dtype, p.out_format, args.out_scale)
+    return (*results, lse) if p.return_lse else results
 
 
-def nothing(p: Problem, args: Args):
+def project(out: Array, w_uv: Array | None) -> Array:
+    """Attended latents [T, H, C], up-projected [T, H * DV] where there is a `w_uv`."""
+    if w_uv is None:
+        return out
+    return dot("thc,hcv->thv", out, w_uv.astype(jnp.float32)).reshape(out.shape[0], w_uv.shape[0] * w_uv.shape[2])
+
+
+def nothing(p: Problem, args: Args) -> tuple[Array, ...]:
     """The answer where no token can see a key."""
-    out = finish(p, jnp.zeros((p.tokens, p.heads, p.latent_dim)), args.w_uv, args.out_scale)
-    return (out, jnp.full((p.tokens, p.heads), -jnp.inf)) if p.return_lse else (out,)
+    rows = (p.tokens, p.heads)
+    return finish(p, args, jnp.zeros((*rows, p.latent_dim)), jnp.full(rows, -jnp.inf))
 
 
 def dot(subscripts: str, a: Array, b: Array) -> Array:

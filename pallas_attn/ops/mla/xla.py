@@ -71,10 +71,6 @@ def forward(p: Problem, args: Args) -> tuple[Array, Array]:
 
 
 def run(p: Problem, *arrays):
-    """(out, lse [T, H] if asked)."""
+    """(out, the scales that are found, lse [T, H] if asked)."""
     args = Args(*arrays)
-    if p.empty:
-        return nothing(p, args)
-    out, lse = forward(p, args)
-    out = finish(p, out, args.w_uv, args.out_scale)
-    return (out, lse) if p.return_lse else (out,)
+    return nothing(p, args) if p.empty else finish(p, args, *forward(p, args))

@@ -1,7 +1,7 @@
 """The contract of paged attention: every cross-argument check, and the hashable record that backends decide on."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ from jaxtyping import Array
 from pallas_attn.core.batch import RaggedBatch, check_batch, check_kv_lens, check_queries
 from pallas_attn.core.caches import PagedKVCache, check_cache
 from pallas_attn.core.errors import is_concrete, require
-from pallas_attn.core.formats import Format, float_format
+from pallas_attn.core.formats import Format
 from pallas_attn.core.layouts import Layout
 from pallas_attn.core.masks import Bias, Mask
-from pallas_attn.core.quantized import Quantized, check_positive
+from pallas_attn.core.output import check_out, out_arrays
+from pallas_attn.core.quantized import Quantized
 from pallas_attn.core.query import check_query
 
 
@@ -80,7 +81,8 @@ def prepare(
     _check_heads("sinks", sinks, q_heads)
     rank = bias.query_query is None or bias.query_query.ndim == 2
     require(rank, "bias.query_query", getattr(bias.query_query, "shape", None), "it is [Q, Q']")
-    out_dtype, out_format, out_scale = _check_out(out, q, q_format)
+    default = jnp.bfloat16 if q_format.quantized else q.dtype
+    out_dtype, out_format, out_scale = check_out(out, default, cache.v_head_dim)
     options = (*mask.names(), *bias.names(), *_extras(soft_cap, sinks, out_format, return_lse))
     problem = Problem(
         tokens, q_heads, kv_heads, head_dim, cache.v_head_dim, seqs, cache.num_pages, page_size, pages_per_seq,
@@ -94,17 +96,18 @@ def prepare(
 
 
 def outputs(p: Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """(out, lse?) of a call."""
-    out = jax.ShapeDtypeStruct((p.tokens, p.q_heads, p.v_head_dim), p.out_dtype)
+    """(out, the scales that are found, lse?) of a call."""
+    out = out_arrays((p.tokens, p.q_heads, p.v_head_dim), p.out_dtype, p.out_format)
     lse = jax.ShapeDtypeStruct((p.tokens, p.q_heads), jnp.float32)
-    return (out, lse) if p.return_lse else (out,)
+    return (*out, lse) if p.return_lse else out
 
 
 def _extras(soft_cap, sinks, out_format, return_lse) -> tuple[str, ...]:
+    static = out_format is not None and out_format.granularity == "tensor"
     used = {
         "soft cap": soft_cap is not None,
         "sinks": sinks is not None,
-        "FP8 output": out_format is not None,
+        "FP8 output" if static else f"{out_format} output": out_format is not None,
         "LSE": return_lse,
     }
     return tuple(name for name, on in used.items() if on)
@@ -143,18 +146,3 @@ def _check_scalar(name: str, x) -> None:
     require(scalar, name, f"shape {getattr(x, 'shape', None)}", "it is one number")
     if x is not None and is_concrete(x) and name == "scale":
         require(bool(np.isfinite(float(x))), name, x, "it is a finite number")
-
-
-def _check_out(out, q, q_format: Format) -> tuple[np.dtype, Format | None, Any]:
-    if isinstance(out, tuple):
-        require(len(out) == 2 and isinstance(out[0], Format), "out", out, "it is a dtype or (format, scale)")
-        format, scale = out
-        ok = format.granularity == "tensor"
-        require(ok, "out", format, "the output takes one static scale: use E4M3_STATIC or E5M2_STATIC")
-        require(np.ndim(scale) == 0, "out", f"a scale of shape {np.shape(scale)}", "it is one number")
-        check_positive(scale, "out")
-        return format.dtype, format, jnp.asarray(scale, jnp.float32)
-    dtype = np.dtype(out) if out is not None else np.dtype(jnp.bfloat16) if q_format.quantized else np.dtype(q.dtype)
-    fix = "use a float type, or (format, scale) for FP8: an FP8 array without a scale means nothing"
-    require(float_format(dtype) is not None, "out", dtype, fix)
-    return dtype, None, None
