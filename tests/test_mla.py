@@ -28,6 +28,12 @@ def attend(*arguments, **keywords):
     return pa.mla_attention(*arguments, **{"scale": SCALE, "out": jnp.float32, "return_lse": True} | keywords)
 
 
+def attended(*arguments, scale=SCALE, topk=None, w_uv=None, **static):
+    """`attend`, compiled."""
+    arrays = {"scale": scale, "topk": topk, "w_uv": w_uv}
+    return jit(lambda arguments, arrays: attend(*arguments, **arrays, **static))(arguments, arrays)
+
+
 # ---------------------------------------------------------------- dense
 
 
@@ -35,20 +41,20 @@ def attend(*arguments, **keywords):
 def test_formats(format, backend, rng):
     """Decode, prefill, chunks, empty sequences, padding; everything unread is NaN."""
     problem = make(rng, format)
-    assert_close(jit(functools.partial(attend, backend=backend))(*problem.arguments()), problem.expected(SCALE))
+    assert_close(attended(*problem.arguments(), backend=backend), problem.expected(SCALE))
 
 
 @pytest.mark.parametrize("q_format", ["E4M3_TENSOR", "E4M3_HEAD", "E4M3_TOKEN_HEAD"])
 def test_fp8_queries(q_format, backend, rng):
     """The scales of both parts are folded in; they differ."""
     problem = make(rng, "E4M3_TENSOR", q_format=q_format)
-    assert_close(jit(functools.partial(attend, backend=backend))(*problem.arguments()), problem.expected(SCALE))
+    assert_close(attended(*problem.arguments(), backend=backend), problem.expected(SCALE))
 
 
 @pytest.mark.parametrize(("heads", "page_size"), [(1, 16), (5, 64), (128, 1)])
 def test_heads_and_page_sizes(heads, page_size, backend, rng):
     problem = make(rng, "BF16", heads=heads, page_size=page_size, q_dtype=BF16)
-    assert_close(jit(functools.partial(attend, backend=backend))(*problem.arguments()), problem.expected(SCALE))
+    assert_close(attended(*problem.arguments(), backend=backend), problem.expected(SCALE))
 
 
 def test_one_rounding(backend, rng):
@@ -62,24 +68,26 @@ def test_one_rounding(backend, rng):
 def test_several_blocks(rng):
     """The stream against one block: sequences that end inside, before and at the end of a block."""
     problem = make(rng, "F32", q_lens=(1, 2, 1, 3), kv_lens=(1100, 512, 513, 1024), page_size=64)
-    assert_close(attend(*problem.arguments(), backend="xla"), problem.expected(SCALE))
+    assert_close(attended(*problem.arguments(), backend="xla"), problem.expected(SCALE))
 
 
 def test_explicit_max_q_len(backend, rng):
     problem = make(rng, "F32", q_lens=(1, 1, 1), kv_lens=(9, 0, 40))
-    assert_close(attend(*problem.arguments(max_q_len=1), backend=backend), problem.expected(SCALE))
+    assert_close(attended(*problem.arguments(max_q_len=1), backend=backend), problem.expected(SCALE))
 
 
+@pytest.mark.parametrize("topk", [False, True], ids=["", "topk"])
 @pytest.mark.parametrize(("tokens", "seqs", "width"), [(0, 2, 3), (3, 0, 3), (3, 2, 0)])
-def test_nothing_to_attend_to(tokens, seqs, width, backend):
+def test_nothing_to_attend_to(tokens, seqs, width, topk, backend):
     cache = pa.LatentCache.allocate(2, 16, 48, 16, format=pa.F32)
     batch = pa.RaggedBatch(jnp.zeros((seqs, width), jnp.int32), jnp.zeros(seqs, jnp.int32), jnp.zeros(seqs + 1, int))
     q = jnp.ones((tokens, 4, 48)), jnp.ones((tokens, 4, 16))
-    out, lse = attend(*q, cache, batch, backend=backend)
+    listed = jnp.zeros((tokens, 5), jnp.int32) if topk else None
+    out, lse = attended(*q, cache, batch, topk=listed, backend=backend)
     assert out.shape == (tokens, 4, 48)
     assert not np.asarray(out).any()
     assert (np.asarray(lse) == -np.inf).all()
-    grad = jax.grad(lambda x: jnp.sum(attend(x, q[1], cache, batch, backend=backend)[0]))(q[0])
+    grad = jax.grad(lambda x: jnp.sum(attend(x, q[1], cache, batch, topk=listed)[0]))(q[0])
     assert not np.asarray(grad).any()
 
 
@@ -102,7 +110,7 @@ def test_wild_numbers(backend, rng):
 def test_nan_of_another_sequence_does_not_leak(backend, rng):
     problem = make(rng, "F32", q_lens=(2, 3), kv_lens=(20, 20))
     problem.pages[problem.page_table[0, 0], 3] = np.nan
-    out, _ = attend(*problem.arguments(), backend=backend)
+    out, _ = attended(*problem.arguments(), backend=backend)
     want, _ = problem.expected(SCALE)
     np.testing.assert_allclose(np.asarray(out)[2:5], want[2:5], rtol=1e-4, atol=1e-5)
     assert np.isnan(np.asarray(out)[:2]).all()
@@ -134,30 +142,30 @@ def listed(rng, problem, k=24, lengths=False, slots=False):
     return pa.TopK(*arrays, slots), visible
 
 
-@pytest.mark.parametrize("lengths", [False, True], ids=["", "lengths"])
-@pytest.mark.parametrize("slots", [False, True], ids=["positions", "slots"])
-@pytest.mark.parametrize("format", ["BF16", "FP8_DS_MLA"])
+KINDS = [("BF16", False, False), ("BF16", True, True), ("FP8_DS_MLA", False, True), ("FP8_DS_MLA", True, False)]
+
+
+@pytest.mark.parametrize(("format", "slots", "lengths"), KINDS)
 def test_topk(format, slots, lengths, backend, rng):
     problem = make(rng, format, q_lens=(1, 5, 0, 11, 3), kv_lens=(9, 5, 0, 40, 0))
     topk, visible = listed(rng, problem, lengths=lengths, slots=slots)
     assert any(len(set(v)) < len(v) for v in visible)
-    got = jit(functools.partial(attend, backend=backend))(*problem.arguments(), topk=topk)
+    got = attended(*problem.arguments(), topk=topk, backend=backend)
     assert_close(got, problem.expected(SCALE, visible))
 
 
 def test_bare_indices_are_positions(backend, rng):
     problem = make(rng, "F32")
     topk, visible = listed(rng, problem)
-    assert_close(attend(*problem.arguments(), topk=topk.indices, backend=backend), problem.expected(SCALE, visible))
+    assert_close(attended(*problem.arguments(), topk=topk.indices, backend=backend), problem.expected(SCALE, visible))
 
 
 def test_all_positions_listed_is_dense(backend, rng):
     problem = make(rng, "E4M3_TENSOR")
-    width = problem.page_table.shape[1] * 16
-    _, position, _ = problem.batch().tokens(len(problem.q))
-    numbers = jnp.arange(width)
-    topk = jnp.where(numbers <= position[:, None], numbers, -1)[:, ::-1]  # in any order
-    assert_close(attend(*problem.arguments(), topk=topk, backend=backend), problem.expected(SCALE))
+    topk = np.full((len(problem.q), problem.page_table.shape[1] * 16), -1, np.int32)
+    for row, slots in zip(topk, problem.causal(), strict=True):
+        row[1 : len(slots) + 1] = np.arange(len(slots))[::-1]  # in any order
+    assert_close(attended(*problem.arguments(), topk=jnp.asarray(topk), backend=backend), problem.expected(SCALE))
 
 
 def test_a_key_listed_twice_counts_twice(backend):
@@ -167,7 +175,7 @@ def test_a_key_listed_twice_counts_twice(backend):
     cache = pa.LatentCache(jnp.asarray(rows), pa.F32, rope_dim=16)
     batch = pa.RaggedBatch(jnp.zeros((1, 1), jnp.int32), jnp.array([2]), jnp.array([0, 1]))
     q = jnp.zeros((1, 1, 48)), jnp.zeros((1, 1, 16))
-    out, lse = attend(*q, cache, batch, topk=jnp.array([[1, -1, 0, 1]]), backend=backend)
+    out, lse = attended(*q, cache, batch, topk=jnp.array([[1, -1, 0, 1]]), backend=backend)
     np.testing.assert_allclose(np.asarray(out)[0, 0, :2], [1 / 3, 2 / 3], rtol=1e-6)
     np.testing.assert_allclose(float(lse[0, 0]), np.log(3), rtol=1e-6)
 
@@ -179,23 +187,23 @@ def projected(latents, w_uv):
     return np.einsum("thc,hcv->thv", latents, np.asarray(w_uv, np.float64)).reshape(len(latents), -1)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize(("dtype", "backend"), [(BF16, "xla"), (F32, "reference")], indirect=["backend"])
 def test_up_projection(dtype, backend, rng):
     problem = make(rng, "BF16")
     w_uv = (rng.standard_normal((3, 48, 8)) / 7).astype(dtype)
-    out, lse = attend(*problem.arguments(), w_uv=jnp.asarray(w_uv), backend=backend)
+    out, lse = attended(*problem.arguments(), w_uv=jnp.asarray(w_uv), backend=backend)
     latents, want_lse = problem.expected(SCALE)
     assert_close((out, lse), (projected(latents, w_uv), want_lse))
 
 
-@pytest.mark.parametrize("up", [False, True], ids=["latent", "up-projected"])
+@pytest.mark.parametrize(("up", "backend"), [(False, "xla"), (True, "reference")], indirect=["backend"])
 def test_static_fp8_output(up, backend, rng):
     """The exact result through a static scale: the same codes, but where float32 ends on the other side of a tie."""
     problem = make(rng, "BF16")
     w_uv = (rng.standard_normal((3, 48, 8)) / 7).astype(F32)
     out = (pa.E4M3_STATIC, jnp.float32(0.02))
     given = {"w_uv": jnp.asarray(w_uv)} if up else {}
-    got, _ = attend(*problem.arguments(), **given, out=out, backend=backend)
+    got, _ = attended(*problem.arguments(), **given, out=out, backend=backend)
     want, _ = problem.expected(SCALE)
     want = oracle.static(np.float32(projected(want, w_uv) if up else want), np.float32(0.02))
     assert got.format == pa.E4M3_STATIC
@@ -212,8 +220,10 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("up", [False, True], ids=["latent", "up-projected"])
-@pytest.mark.parametrize("name", OUTPUTS)
+CELLS = [(name, i % 2 == 0, "reference" if name == "NVFP4" else "xla") for i, name in enumerate(OUTPUTS)]
+
+
+@pytest.mark.parametrize(("name", "up", "backend"), CELLS, indirect=["backend"])
 def test_bits_of_the_float32_result_quantised(name, up, backend, rng):
     """One rounding: what `pa.quantize` makes of the float32 result, all heads of a token in a row; the scale of padding
     is that of zeros."""
@@ -221,8 +231,8 @@ def test_bits_of_the_float32_result_quantised(name, up, backend, rng):
     given = {"w_uv": jnp.asarray(rng.standard_normal((3, 512, 128)) / 20, F32)} if up else {}
     out = OUTPUTS[name]
     format, scale = out if isinstance(out, tuple) else (out, None)
-    run = jit(lambda *a, out: attend(*a, **given, out=out, backend=backend), static_argnames="out")
-    (x, lse), (got, got_lse) = (run(*problem.arguments(), out=o) for o in (jnp.float32, out))
+    arguments = problem.arguments()
+    (x, lse), (got, got_lse) = (attended(*arguments, **given, out=o, backend=backend) for o in (jnp.float32, out))
     want = pa.quantize(x.reshape(len(problem.q), -1), format, scale)
     assert got.shape == (10, 3 * (128 if up else 512))
     for a, b in zip(jax.tree.leaves((got, got_lse)), jax.tree.leaves((want, lse)), strict=True):
@@ -261,7 +271,7 @@ def decode_problem(name):
 def test_golden(name, backend):
     """Upstream's decode kernels on an H100."""
     options, _, want = goldens.load(name)
-    out, lse = attend(*decode_problem(name), scale=options["softmax_scale"], out=None, backend=backend)
+    out, lse = attended(*decode_problem(name), scale=options["softmax_scale"], out=None, backend=backend)
     assert_upstream(name, out, lse, options, want)
 
 
@@ -283,7 +293,7 @@ def test_sparse_golden(backend):
     batch = pa.RaggedBatch(jnp.zeros((3, 1), jnp.int32), jnp.zeros(3, jnp.int32), jnp.arange(4))  # slots need no pages
     topk = pa.TopK(jnp.asarray(x["indices"][:, 0]), slots=True)
     scale = options["softmax_scale"]
-    out, lse = attend(q[..., :512], q[..., 512:], cache, batch, topk=topk, scale=scale, out=None, backend=backend)
+    out, lse = attended(q[..., :512], q[..., 512:], cache, batch, topk=topk, scale=scale, out=None, backend=backend)
     assert_upstream("flashmla_sparse_fp8", out, lse, options, want)
 
 
@@ -478,7 +488,7 @@ def test_non_absorbed_prefill_in_chunks(chunk, backend, rng):
     out, lse = run(q_nope, q_rope, cache, batch, w_uk, w_uv)
     assert out.shape == (13, HEADS, VALUE)
     q_latent = jnp.einsum("thd,hdc->thc", q_nope, w_uk)
-    want, want_lse = attend(q_latent, q_rope, cache, batch, scale=scale, w_uv=w_uv, backend=backend)
+    want, want_lse = attended(q_latent, q_rope, cache, batch, scale=scale, w_uv=w_uv, backend=backend)
     assert_close((np.asarray(out).reshape(13, -1), lse), (np.asarray(want), np.asarray(want_lse)), 2e-5)
 
 

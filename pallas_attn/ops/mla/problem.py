@@ -44,7 +44,8 @@ class Problem:
     @property
     def empty(self) -> bool:
         """Whether no token can see a key."""
-        return 0 in (self.tokens, self.seqs, self.pages, self.keys)
+        tables = () if self.topk_slots else (self.pages_per_seq,)
+        return 0 in (self.tokens, self.seqs, self.pages, self.keys, *tables)
 
     @property
     def keys(self) -> int:
