@@ -39,7 +39,7 @@ def random_pages(rng, format):
     return rng.integers(0, 123, (N, S, width), np.uint8).view(FORMATS[format])
 
 
-def rows(rng, format, dtype=BF16):
+def rows_of(rng, format, dtype=BF16):
     """Latents and rotary parts [T', .], T' > T; some saturate FP8, and one row, a tile and a rotary part are zero."""
     latent, rope = (rng.standard_normal((len(SLOTS) + 2, d)).astype(F32) for d in dims_of(format))
     latent[0, 0], rope[1, 3], latent[3], latent[4, :128], rope[4] = 6e4, -6e4, 0, 0, 0
@@ -97,7 +97,7 @@ def cache_like(pages, format, scale=None):
 def test_bytes(format, dtype, backend, rng):
     """Byte for byte; NaN stays NaN wherever a format has one."""
     pages, scale = random_pages(rng, format), 0.37 if "TENSOR" in format else None
-    latent, rope = rows(rng, format, dtype)
+    latent, rope = rows_of(rng, format, dtype)
     write = jax.jit(functools.partial(pa.write_latent, backend=backend))
     got = write(cache_of(pages, format, scale), jnp.asarray(latent), jnp.asarray(rope), jnp.asarray(SLOTS))
     want = pages.reshape(N * S, -1).copy()
@@ -115,6 +115,12 @@ def test_nan_stays_nan(backend):
     found = load(np.asarray(got.pages[0, 0]), "FP8_DS_MLA")
     assert np.isnan(found[130])
     np.testing.assert_array_equal(found[np.r_[0:128, 256:576]], 1)
+
+
+def test_no_tokens(backend, rng):
+    cache = cache_of(random_pages(rng, "FP8_DS_MLA"), "FP8_DS_MLA")
+    got = pa.write_latent(cache, jnp.zeros((0, 512)), jnp.zeros((0, 64)), jnp.zeros(0, jnp.int32), backend=backend)
+    np.testing.assert_array_equal(bits(got.pages), bits(cache.pages))
 
 
 @pytest.mark.parametrize("format", ["BF16", "E4M3_TENSOR", "FP8_DS_MLA"])
@@ -136,7 +142,7 @@ def test_donated_pages_are_reused(format):
 def test_gradient_of_a_write(backend, rng):
     """What is overwritten loses its gradient to what is written; dropped tokens have none."""
     weights = rng.standard_normal((N, S, 64)).astype(F32)
-    cache, (latent, rope) = cache_of(rng.standard_normal((N, S, 64)).astype(F32), "F32"), rows(rng, "F32", F32)
+    cache, (latent, rope) = cache_of(rng.standard_normal((N, S, 64)).astype(F32), "F32"), rows_of(rng, "F32", F32)
 
     def loss(cache, latent, rope):
         return jnp.vdot(pa.write_latent(cache, latent, rope, jnp.asarray(SLOTS), backend=backend).pages, weights)
@@ -158,7 +164,7 @@ def test_vmap_of_a_write(format, axes, backend, rng):
     """Also over scales that differ, which is a loop."""
     scales = (0.5, 0.3) if "TENSOR" in format else (None, None)
     caches = [cache_of(random_pages(rng, format), format, s) for s in scales]
-    new = [[jnp.asarray(x[: len(SLOTS)]) for x in rows(rng, format)] for _ in range(2)]
+    new = [[jnp.asarray(x[: len(SLOTS)]) for x in rows_of(rng, format)] for _ in range(2)]
     latent, rope = (jnp.stack(x) for x in zip(*new, strict=True))
     given = [jax.tree.map(lambda *x: jnp.stack(x), *caches), latent, rope]
     given = [x if a == 0 else jax.tree.map(lambda y: y[0], x) for x, a in zip(given, axes, strict=True)]
@@ -299,10 +305,19 @@ def test_gradient_of_a_gather(backend, rng):
     np.testing.assert_allclose(float(by_scale.scale), exact, rtol=1e-4)
 
 
-def test_raw_gather_of_a_quantised_cache_has_no_gradient(rng):
+def test_no_gradient_through_stored_bytes(backend, rng):
+    """Of a raw gather and of a write of a quantised cache; the scale beside raw rows is passed on."""
     problem = make(rng, "E4M3_TENSOR", **LENS)
-    run = jax.grad(lambda c: gather(c, problem.batch(), max_tokens=9, raw=True).rows.scale, allow_int=True)
-    assert float(run(problem.cache()).scale) == 1  # the scale itself is passed on
+    cache, batch = problem.cache(), problem.batch()
+    rows, pull = jax.vjp(lambda c: gather(c, batch, max_tokens=9, raw=True, backend=backend).rows, cache)
+    (into,) = pull(pa.Quantized(jnp.ones_like(rows.values), jnp.float32(3), rows.format))
+    assert not np.asarray(into.pages, F32).any()
+    assert float(into.scale) == 3
+    latent, rope = (jnp.asarray(x) for x in rows_of(rng, "E4M3_TENSOR"))
+    written, pull = jax.vjp(
+        lambda x: pa.write_latent(cache, x, rope, jnp.asarray(SLOTS), backend=backend).pages, latent
+    )
+    assert not np.asarray(pull(jnp.ones_like(written))[0], F32).any()
 
 
 def test_vmap_of_a_gather(backend, rng):

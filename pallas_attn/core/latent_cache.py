@@ -107,9 +107,8 @@ class LatentCache:
 
 def _ds_numbers(rows: Array, dtype) -> Array:
     codes = lax.bitcast_convert_type(rows[..., :DS_CODES], FP8_DS_MLA.dtype)
-    scales = rows[..., DS_CODES:DS_SCALES].reshape(*rows.shape[:-1], -1, 4)
-    scale = lax.bitcast_convert_type(scales, jnp.float32)
-    rope = lax.bitcast_convert_type(rows[..., DS_SCALES:].reshape(*rows.shape[:-1], -1, 2), jnp.bfloat16)
+    scale = _of_bytes(rows[..., DS_CODES:DS_SCALES], jnp.float32)
+    rope = _of_bytes(rows[..., DS_SCALES:], jnp.bfloat16)
     latent = codes.astype(jnp.float32) * spread(FP8_DS_MLA, scale, codes.shape)
     return jnp.concatenate([latent.astype(dtype), rope.astype(dtype)], axis=-1)
 
@@ -117,9 +116,17 @@ def _ds_numbers(rows: Array, dtype) -> Array:
 def _ds_rows(latent: Array, rope: Array) -> Array:
     scale = find_scale(latent, FP8_DS_MLA)
     codes = to_storage(latent, spread(FP8_DS_MLA, scale, latent.shape), FP8_DS_MLA)
-    parts = (codes, scale, rope.astype(jnp.bfloat16))
-    flat = [lax.bitcast_convert_type(x, jnp.uint8).reshape(*latent.shape[:-1], -1) for x in parts]
-    return jnp.concatenate(flat, axis=-1)
+    return jnp.concatenate([_to_bytes(x) for x in (codes, scale, rope.astype(jnp.bfloat16))], axis=-1)
+
+
+def _to_bytes(x: Array) -> Array:
+    """[.., n] of wider numbers as bytes [.., n * size], the lowest of each first."""
+    return lax.bitcast_convert_type(x, jnp.uint8).reshape(*x.shape[:-1], x.shape[-1] * x.dtype.itemsize)
+
+
+def _of_bytes(x: Array, dtype) -> Array:
+    size = np.dtype(dtype).itemsize
+    return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], x.shape[-1] // size, size), dtype)
 
 
 def check_latent_cache(cache: LatentCache) -> LatentCache:

@@ -116,7 +116,7 @@ def _check_w_uv(w_uv, heads: int, latent_dim: int) -> None:
     if w_uv is None:
         return
     require(float_format(w_uv.dtype) is not None, "w_uv", w_uv.dtype, "use bfloat16, float16 or float32")
-    ok = len(w_uv.shape) == 3 and w_uv.shape[:2] == (heads, latent_dim)
+    ok = len(w_uv.shape) == 3 and w_uv.shape[:2] == (heads, latent_dim) and w_uv.shape[2] > 0
     require(ok, "w_uv", f"shape {w_uv.shape}", f"it is [{heads} heads, {latent_dim} latent, value dim]")
 
 
