@@ -18,6 +18,7 @@ from problems import assert_close, relative_error
 import pallas_attn as pa
 from pallas_attn.ops.mla import problem as contract
 from pallas_attn.ops.mla import reference as definition
+from pallas_attn.ops.mla import xla
 
 SCALE = 0.11
 
@@ -65,9 +66,19 @@ def test_one_rounding(backend, rng):
     assert relative_error(got, problem.expected(SCALE)[0]) < 2**-8
 
 
-def test_several_blocks(rng):
-    """The stream against one block: sequences that end inside, before and at the end of a block."""
-    problem = make(rng, "F32", q_lens=(1, 2, 1, 3), kv_lens=(1100, 512, 513, 1024), page_size=64)
+LONG = {
+    "blocks": {"q_lens": (1, 2, 1, 3), "kv_lens": (1100, 512, 513, 1024)},  # ends in, before and at the end of a block
+    "chunks": {
+        "q_lens": (1, 150, 0, 110),
+        "kv_lens": (300, 150, 0, 500),
+    },  # sequences across chunks, the last one short
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long(name, rng):
+    """More than one block of keys, more than one chunk of tokens."""
+    problem = make(rng, "F32", page_size=64, **LONG[name])
     assert_close(attended(*problem.arguments(), backend="xla"), problem.expected(SCALE))
 
 
@@ -313,9 +324,11 @@ GRADIENTS = [("F32", False), ("F32", True), ("E4M3_TENSOR", False)]
 
 
 @pytest.mark.parametrize(("format", "sparse"), GRADIENTS)
-def test_gradients(format, sparse, rng):
+def test_gradients(format, sparse, rng, monkeypatch):
     """Of all that is differentiable, against jax.grad straight through the naive implementation; poison stays out. The
-    backward is one for all backends."""
+    backward is one for all backends, here over several chunks and blocks."""
+    monkeypatch.setattr(xla, "MAX_CHUNK", 5)
+    monkeypatch.setattr(xla, "MAX_BLOCK", 7)
     problem = make(rng, format, q_lens=(1, 5, 0, 3), kv_lens=(9, 5, 0, 33))
     topk = listed(rng, problem)[0] if sparse else None
     q_latent, q_rope, cache, batch = problem.arguments()

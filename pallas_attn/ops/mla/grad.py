@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from pallas_attn.ops.mla import xla
 from pallas_attn.ops.mla.problem import Args, Problem
-from pallas_attn.ops.mla.terms import dot, project, queries
+from pallas_attn.ops.mla.terms import dot, project, queries, tokens
 from pallas_attn.runtime.op import differentiable
 
 
@@ -40,20 +40,26 @@ def vjp(p: Problem, args: Args, cotangents: tuple) -> list[Array | None]:
 
 def _stream(p: Problem, rebuild, values: tuple, lse: Array, d_latents: Array, shift: Array) -> tuple[Array, ...]:
     """Of d_s = w * (d_latents . c + shift) what reaches each argument, with w = exp(s - lse)."""
-    args = rebuild(values)
+    every = tokens(p, rebuild(values))
     finite = jnp.where(jnp.isfinite(lse), lse, 0.0)
 
-    def body(j, grads):
-        def terms(values):
-            a = rebuild(values)
-            keys, valid = xla.load(p, a, j)
-            s = xla.logits(a, queries(a, a.batch.tokens(p.tokens)[2]), keys)
-            return (s, keys[..., : p.latent_dim]), valid
+    def one(c, grads):
+        who = xla.chunk(p, every, c)
+        lse, d_out, moved = (x[who.row] for x in (finite, d_latents, shift))
 
-        (s, latents), pull, valid = jax.vjp(terms, values, has_aux=True)
-        weight = jnp.where(valid[:, None], jnp.exp(jnp.minimum(s - finite[..., None], 0.0)), 0.0)
-        d_s = weight * (dot("thc,txc->thx", d_latents, latents) + shift[..., None])
-        (new,) = pull((d_s, dot("thx,thc->txc", weight, d_latents)))
-        return jax.tree.map(jnp.add, grads, new)
+        def body(j, grads):
+            def terms(values):
+                a = rebuild(values)
+                keys, valid = xla.load(p, a, who, j)
+                s = xla.logits(a, queries(a, every.real)[who.row], keys)
+                return (s, keys[..., : p.latent_dim]), valid
 
-    return lax.fori_loop(0, xla.blocks(p, args), body, jax.tree.map(jnp.zeros_like, values))
+            (s, latents), pull, valid = jax.vjp(terms, values, has_aux=True)
+            weight = jnp.where(valid[:, None], jnp.exp(jnp.minimum(s - lse[..., None], 0.0)), 0.0)
+            d_s = weight * (dot("thc,txc->thx", d_out, latents) + moved[..., None])
+            (new,) = pull((d_s, dot("thx,thc->txc", weight, d_out)))
+            return jax.tree.map(jnp.add, grads, new)
+
+        return lax.fori_loop(0, xla.blocks(p, who), body, grads)
+
+    return lax.fori_loop(0, xla.chunks(p), one, jax.tree.map(jnp.zeros_like, values))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_attn.ops.mla.problem import Args, Problem
-from pallas_attn.ops.mla.terms import dot, finish, nothing, queries, seen
+from pallas_attn.ops.mla.terms import dot, finish, nothing, queries, seen, tokens
 
 
 def supports(p: Problem) -> str | None:
@@ -17,13 +17,13 @@ def run(p: Problem, *arrays):
     args = Args(*arrays)
     if p.empty:
         return nothing(p, args)
-    real = args.batch.tokens(p.tokens)[2]
-    slots, valid = seen(p, args, jnp.arange(p.keys))
-    times = jnp.zeros((p.tokens, p.pages * p.page_size)).at[jnp.arange(p.tokens)[:, None], slots].add(valid)
+    who = tokens(p, args)
+    slots, valid = seen(p, args, who, jnp.arange(p.keys))
+    times = jnp.zeros((p.tokens, p.pages * p.page_size)).at[who.row[:, None], slots].add(valid)
     rows = args.cache.pages.reshape(p.pages * p.page_size, -1)
     # A copy for each token: what it does not see may be NaN to others.
     keys = args.cache.numbers(jnp.broadcast_to(rows, (p.tokens, *rows.shape)), times > 0)
-    s = args.scale * dot("thd,txd->thx", queries(args, real), keys)
+    s = args.scale * dot("thd,txd->thx", queries(args, who.real), keys)
     s = jnp.where(times[:, None] > 0, s, -jnp.inf)
     top = lax.stop_gradient(jnp.max(s, axis=-1, initial=-jnp.inf))
     top = jnp.where(jnp.isfinite(top), top, 0.0)

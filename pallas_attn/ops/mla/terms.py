@@ -1,6 +1,8 @@
 """The pieces that all portable code of MLA is made of: which slots a token sees, queries, and what becomes of the
 attended latents."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -15,27 +17,42 @@ def queries(args: Args, real: Array) -> Array:
     return jnp.concatenate([query_numbers(q, real) for q in (args.q_latent, args.q_rope)], axis=-1)
 
 
-def seen(p: Problem, args: Args, numbers: Array) -> tuple[Array, Array]:
-    """(slots, valid), each [T, X]: where the keys of each token lie, and whether there is such a key.
+class Tokens(NamedTuple):
+    """Some query tokens, each field [n]: which rows of the step they are, their sequences and positions, how many keys there
+    are at most for each, and whether it is real."""
+
+    row: Array
+    seq: Array
+    keys: Array
+    real: Array
+
+
+def tokens(p: Problem, args: Args) -> Tokens:
+    """All query tokens. Keys: those up to the token in its sequence, or the entries of its row of `topk`."""
+    seq, q_pos, real = args.batch.tokens(p.tokens)
+    if args.topk is None:
+        keys = jnp.minimum(jnp.clip(args.batch.kv_lens, 0, p.keys)[seq], jnp.maximum(q_pos, -1) + 1)
+    else:
+        keys = jnp.full(p.tokens, p.keys) if args.topk.lengths is None else jnp.clip(args.topk.lengths, 0, p.keys)
+    return Tokens(jnp.arange(p.tokens), seq, jnp.where(real, keys, 0).astype(jnp.int32), real)
+
+
+def seen(p: Problem, args: Args, who: Tokens, numbers: Array) -> tuple[Array, Array]:
+    """(slots, valid), each [n, X]: where keys of these tokens lie, and whether there is such a key.
 
     numbers [X]: which of a token's keys, counted along its sequence or along its row of `topk`.
     """
-    seq, q_pos, real = args.batch.tokens(p.tokens)
-    valid = jnp.broadcast_to(real[:, None], (p.tokens, numbers.shape[0]))
-    if args.topk is None:
-        position = jnp.broadcast_to(numbers, valid.shape)
-        valid &= position <= q_pos[:, None]
-    else:
-        position = args.topk.indices.at[:, numbers].get(mode="fill", fill_value=-1)
-        if args.topk.lengths is not None:
-            valid &= numbers < args.topk.lengths[:, None]
+    valid = numbers < who.keys[:, None]
+    position = jnp.broadcast_to(numbers, valid.shape)
+    if args.topk is not None:
+        position = args.topk.indices[who.row].at[:, numbers].get(mode="fill", fill_value=-1)
     if p.topk_slots:
         valid &= (position >= 0) & (position < p.pages * p.page_size)
         return jnp.where(valid, position, 0).astype(jnp.int32), valid
-    kv_len = jnp.clip(args.batch.kv_lens, 0, p.pages_per_seq * p.page_size)[seq]
+    kv_len = jnp.clip(args.batch.kv_lens, 0, p.pages_per_seq * p.page_size)[who.seq]
     valid &= (position >= 0) & (position < kv_len[:, None])
     position = jnp.where(valid, position, 0).astype(jnp.int32)
-    page = jnp.take_along_axis(args.batch.page_table[seq], position // p.page_size, axis=1)
+    page = jnp.take_along_axis(args.batch.page_table[who.seq], position // p.page_size, axis=1)
     return jnp.clip(page, 0, p.pages - 1).astype(jnp.int32) * p.page_size + position % p.page_size, valid
 
 
