@@ -1,5 +1,6 @@
 """FP8 paged attention for JAX on NVIDIA GPUs."""
 
+from pallas_attn import fusion as fusion
 from pallas_attn import reference as reference
 from pallas_attn.core.batch import RaggedBatch as RaggedBatch
 from pallas_attn.core.caches import PagedKVCache as PagedKVCache
@@ -41,6 +42,7 @@ from pallas_attn.core.masks import Mask as Mask
 from pallas_attn.core.quantized import Quantized as Quantized
 from pallas_attn.core.quantized import dequantize as dequantize
 from pallas_attn.core.quantized import fake_quantize as fake_quantize
+from pallas_attn.fusion import fuse as fuse
 from pallas_attn.ops.gather_kv import Gathered as Gathered
 from pallas_attn.ops.gather_kv import gather_kv as gather_kv
 from pallas_attn.ops.kv_cache import write_kv as write_kv

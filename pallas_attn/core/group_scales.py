@@ -63,11 +63,10 @@ def read(format: Format, scale: Array | BlockScale, values: tuple[int, ...]) -> 
     """Logical float32 scales of values of this shape from the ones in memory."""
     blocks, tensor = scale if isinstance(scale, BlockScale) else (scale, None)
     if format.scale_type == "int32":
+        *copies, words, rows = blocks.shape
         exponents = (blocks[..., None, :] >> 8 * jnp.arange(4)[:, None]) & 255  # [.., words, 4, M']
-        blocks = lax.bitcast_convert_type(exponents << MANTISSA, jnp.float32)
-        blocks = blocks.reshape(*blocks.shape[:-3], 4 * blocks.shape[-3], blocks.shape[-1])[
-            ..., : count(format, values), :
-        ]
+        blocks = lax.bitcast_convert_type(exponents << MANTISSA, jnp.float32).reshape(*copies, 4 * words, rows)
+        blocks = blocks[..., : count(format, values), :]
     if format.order != "row":
         blocks = jnp.swapaxes(blocks, -1, -2)[..., : values[-2], :]
     blocks = blocks.astype(jnp.float32)

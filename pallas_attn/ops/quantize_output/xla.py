@@ -32,8 +32,9 @@ def fold(p: Problem, args: Args, mapped: Args, n: int, backend: str | None) -> l
         return None
     wide = lambda x, m: x if m else jnp.broadcast_to(x, (n, *x.shape))  # noqa: E731
     x, format = wide(args.x, mapped.x), p.format
-    scale = args.scale if format.two_level or not p.given else wide(args.scale, mapped.scale)
-    if format.granularity in ("group", "token_head"):
+    shared = format.two_level or (format.granularity == "tensor" and p.given and not mapped.scale)
+    scale = args.scale if shared or not p.given else wide(args.scale, mapped.scale)
+    if shared or format.granularity in ("group", "token_head"):
         return list(apply(OP, *prepare(x, format, scale), backend))
     x = jnp.moveaxis(x, -2, 1) if format.granularity == "head" else x[:, None]
     rows = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
