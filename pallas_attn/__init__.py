@@ -28,6 +28,8 @@ from pallas_attn.core.formats import NVFP4 as NVFP4
 from pallas_attn.core.formats import Format as Format
 from pallas_attn.core.formats import e4m3_group as e4m3_group
 from pallas_attn.core.group_scales import BlockScale as BlockScale
+from pallas_attn.core.latent_cache import LATENT_FORMATS as LATENT_FORMATS
+from pallas_attn.core.latent_cache import LatentCache as LatentCache
 from pallas_attn.core.layouts import HND as HND
 from pallas_attn.core.layouts import INTERLEAVED as INTERLEAVED
 from pallas_attn.core.layouts import LAYOUTS as LAYOUTS
@@ -44,7 +46,12 @@ from pallas_attn.fusion import fuse as fuse
 from pallas_attn.ops.gather_kv import Gathered as Gathered
 from pallas_attn.ops.gather_kv import gather_kv as gather_kv
 from pallas_attn.ops.kv_cache import write_kv as write_kv
+from pallas_attn.ops.latent_cache import GatheredLatent as GatheredLatent
+from pallas_attn.ops.latent_cache import gather_latent as gather_latent
+from pallas_attn.ops.latent_cache import write_latent as write_latent
 from pallas_attn.ops.merge_attention import merge_attention as merge_attention
+from pallas_attn.ops.mla import TopK as TopK
+from pallas_attn.ops.mla import mla_attention as mla_attention
 from pallas_attn.ops.paged_attention import paged_attention as paged_attention
 from pallas_attn.ops.quantize_output import quantize as quantize
 from pallas_attn.runtime.dispatch import FallbackWarning as FallbackWarning
