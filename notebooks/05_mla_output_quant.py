@@ -134,7 +134,37 @@ def model(q, cache, batch):
 print(fusion.report(model, q, cache, batch))
 
 # %% [markdown]
-# A fused call is one op with `out=`, which can be written by hand as well.
+# ## MLA
+# Multi-head latent attention attends to latents and projects each head up afterwards; what is quantised is the
+# projection. The pass takes the product along, in whatever order einsum wrote it: the up-projected result never exists
+# in bf16.
+
+# %%
+LATENT, ROPE = 128, 64
+latents = pa.LatentCache.allocate(pages, PAGE, LATENT, ROPE, format=pa.BF16)
+latents = pa.write_latent(latents, normal(4, SEQS * LENGTH, LATENT), normal(5, SEQS * LENGTH, ROPE), slots)
+q_latent, q_rope = normal(6, SEQS, HEADS, LATENT), normal(7, SEQS, HEADS, ROPE)
+w_uv = normal(8, HEADS, LATENT, DIM) / LATENT**0.5
+
+
+@jax.jit
+def mla_layer(q_latent, q_rope, latents, batch, w_uv):
+    out = pa.mla_attention(q_latent, q_rope, latents, batch, scale=(LATENT + ROPE) ** -0.5)
+    out = jnp.einsum("thc,hcv->thv", out, w_uv)
+    return pa.quantize(out.reshape(out.shape[0], -1), GEMM)
+
+
+mla = q_latent, q_rope, latents, batch, w_uv
+print(fusion.report(mla_layer, *mla), "\n\nbefore")
+outline(mla_layer, *mla)
+print("\nafter")
+outline(pa.fuse(mla_layer), *mla)
+number = pa.mla_attention(*mla[:4], scale=(LATENT + ROPE) ** -0.5, w_uv=w_uv, out=jnp.float32)
+for name, fn in (("as written", mla_layer), ("fused", jax.jit(pa.fuse(mla_layer)))):
+    print(f"error {name}: {distance(pa.dequantize(fn(*mla)), number):.6f}")
+
+# %% [markdown]
+# A fused call is one op with `out=` (and `w_uv=`), which can be written by hand as well.
 #
 # ## The formats
 # What leaves the op: FP8 is half of bf16, NVFP4 a quarter, scales included a little more. `pa.quantize` of the float32
