@@ -164,14 +164,17 @@ def test_fake_quantize(name, rng):
 
 
 def test_shard_map(rng):
-    x = jnp.asarray(numbers(rng, 4, 256))
-    axes = Mesh(np.array(jax.devices()[:1]), ("t",)), PartitionSpec("t")
-    sharded = jax.shard_map(
-        lambda x: pa.quantize(x, pa.e4m3_group(128)), mesh=axes[0], in_specs=axes[1], out_specs=axes[1]
-    )
-    jax.tree.map(
-        lambda g, w: strict_equal(np.asarray(g), np.asarray(w)), sharded(x), pa.quantize(x, pa.e4m3_group(128))
-    )
+    """Results vary over the axes that x varies over: a loop may carry them, and nobody takes them for replicated."""
+    x, format = jnp.asarray(numbers(rng, 4, 256)), pa.e4m3_group(128)
+    mesh, spec = Mesh(np.array(jax.devices()[:1]), ("t",)), PartitionSpec("t")
+
+    def body(x):
+        return jax.lax.scan(lambda x, _: (pa.dequantize(pa.quantize(x, format)), None), x, None, length=2)[0]
+
+    sharded = functools.partial(jax.shard_map, body, mesh=mesh, in_specs=spec)
+    strict_equal(np.asarray(sharded(out_specs=spec)(x)), np.asarray(body(x)))
+    with pytest.raises(ValueError, match="replication"):
+        sharded(out_specs=PartitionSpec())(x)
 
 
 def test_one_primitive():

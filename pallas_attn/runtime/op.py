@@ -38,8 +38,14 @@ def apply(op: Op, problem: Any, args: Any, backend: str | None = None) -> tuple[
         wanted = dispatch.named(op, problem, wanted)
     leaves, tree = jax.tree.flatten(args)
     call = Call(op.name, problem, tree, wanted, policy.strict)
-    leaves = map(jnp.asarray, leaves)
-    return tuple(primitive.bind(*leaves, call=call)) if op.vjp is None else _differentiable(call, *leaves)
+    leaves = [jnp.asarray(x) for x in leaves]
+    return _differentiable(call, *leaves) if op.vjp else _varying(primitive.bind(*leaves, call=call), leaves)
+
+
+def _varying(results, leaves) -> tuple[jax.Array, ...]:
+    """Inside of shard_map results vary over every mesh axis that an argument varies over."""
+    axes = tuple(sorted(frozenset().union(*(jax.typeof(x).mat.varying for x in leaves))))
+    return tuple(jax.lax.pcast(x, axes, to="varying") if axes else x for x in results)
 
 
 def _run(*leaves, call: Call, platform: str):
