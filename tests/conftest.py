@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_logreport(report):
-    """After an illegal or misaligned address the process has no GPU any more: a worker of xdist ends, the next goes on."""
+    """After an illegal address the process has no GPU any more: a worker of xdist ends, and the next one goes on."""
     if report.failed and "CUDA_ERROR" in str(report.longrepr) and "PYTEST_XDIST_WORKER" in os.environ:
         print(report.longrepr, flush=True)
         os._exit(3)
