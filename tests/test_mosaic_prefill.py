@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from problems import FORMATS, library_options, make
 from test_golden import assert_matches_upstream, library_problem
-from test_mosaic_decode import DTYPES, OPTIONS, SINKS, S, abstract, compare, into_nan, on_gpu, options_for
+from test_mosaic_decode import DTYPES, OPTIONS, SEQS, SINKS, S, abstract, compare, into_nan, on_gpu, options_for
 
 import pallas_attn as pa
 from pallas_attn.core.caches import abstract_cache
@@ -63,10 +63,10 @@ def possible(cell):
 CELLS = pairwise(LISTS, possible)
 
 
-def check(rng, run, format, layout, page_size, dim, heads, query, option, lengths, max_q_len=None):
+def check(rng, run, format, layout, page_size, dim, heads, query, option, lengths, max_q_len=None, v_dim=None):
     q_lens, kv_lens = LENGTHS[lengths] if isinstance(lengths, str) else lengths
     random = make(
-        rng, format, q_lens, kv_lens, heads=heads, dim=dim, page_size=page_size, spare_tokens=3,
+        rng, format, q_lens, kv_lens, heads=heads, dim=dim, v_dim=v_dim, page_size=page_size, spare_tokens=3,
         q_format=None if query in DTYPES else query, q_dtype=DTYPES.get(query, oracle.F32),
     )  # fmt: skip
     options = options_for(option, heads)
@@ -101,6 +101,36 @@ def test_interpreted(cell, rng, monkeypatch):
     for module in (mosaic_decode, mosaic_prefill):
         monkeypatch.setattr(module, "SMS", 2)
     check(rng, interpreted, *cell)
+
+
+UNEQUAL = [
+    ("E4M3_TENSOR", "NHD", 64, 192, (2, 2), "bf16", "plain", ((5, 40), (70, 40))),
+    ("BF16", "HND", 32, 192, (4, 2), "bf16", "sinks", ((33,), (65,))),
+]
+
+
+@pytest.mark.parametrize("cell", UNEQUAL, ids=lambda c: "-".join(map(str, c)))
+def test_keys_of_192_and_values_of_128(cell, rng, monkeypatch):
+    """As MLA has them before its heads are absorbed."""
+    monkeypatch.setattr(mosaic_prefill_compute, "INTERPRET", plgpu.InterpretGPUParams())
+    monkeypatch.setattr(mosaic_prefill, "SMS", 3)
+    check(rng, interpreted, *cell, v_dim=128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", UNEQUAL, ids=lambda c: "-".join(map(str, c)))
+def test_keys_of_192_and_values_of_128_on_gpu(cell, rng):
+    check(rng, on_gpu, *cell[:-1], "mixed", v_dim=128)
+
+
+@pytest.mark.parametrize("format", ["E4M3_TENSOR", "BF16", "INT8_TOKEN_HEAD"])
+def test_unequal_dims_lower(format):
+    q, cache, batch, options = call((format, "NHD", 64, 192, (16, 16), "bf16", "plain", "mixed"))
+    values = abstract_cache(getattr(pa, format), pa.NHD, pages=64, page_size=64, heads=16, dim=128, seqs=SEQS).v
+    cache = dataclasses.replace(cache, v=values)
+    step = lambda *args: pa.paged_attention(*args, backend="mosaic", **options)  # noqa: E731
+    text = jax.jit(step).trace(q, cache, batch).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 1
 
 
 def test_heads_of_a_block():

@@ -22,7 +22,7 @@ OVER_COLUMNS = Layout.WGMMA.reduce(0)  # [8 n]: a value for each column of an ac
 
 def swizzled(dtype, columns: int) -> tuple:
     """Transforms of a tile of rows for TMA and the matrix unit."""
-    width = min(128, columns * jnp.dtype(dtype).itemsize)
+    width = math.gcd(128, columns * jnp.dtype(dtype).itemsize)
     columns = width // jnp.dtype(dtype).itemsize
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(width)  # type: ignore[abstract]
 
@@ -31,7 +31,7 @@ def row_layout(columns: int, itemsize: int = 4):
     """Registers of a tile [8 n, columns] that is not tall enough for the matrix unit's own layouts: 16 lanes hold a
     row, so that a reduction along it stays in the warp. No lane moves more than 16 bytes at once: wider loads from
     shared memory come back wrong."""
-    width = min(columns, 256 // itemsize)
+    width = math.gcd(columns, 256 // itemsize)
     return Layout.TILED(Tiling(((8, width), (2, width), (width // 16,))), (-5,), (-3, -2), -1)
 
 

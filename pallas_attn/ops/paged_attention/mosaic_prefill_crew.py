@@ -106,10 +106,11 @@ class Crew:
 
     def source(self, s: Block, side: int, page, tile):
         """Slots of a page: keys (side 0) or values of the head, in global memory."""
-        p, depth, inside = self.p, self.p.head_dim, self.inside(tile)
+        p, inside = self.p, self.inside(tile)
+        depth = (p.head_dim, p.v_head_dim)[side]
         where = (page, s.head, inside) if p.layout.head_major else (page, inside)
         at = 0 if p.layout.head_major else s.head * depth
-        if p.layout.single:
+        if p.layout.single:  # keys and values are as deep there
             return self.x.buffers[0].at[(*where, pl.ds(2 * at + side * depth, depth))]
         return self.x.buffers[side].at[(*where, pl.ds(at, depth))]
 
@@ -237,10 +238,9 @@ class Preparer(Crew):
             return token + first < s.end
 
         def widen(masked: bool) -> None:
-            x = plgpu.load(source, layout=row_layout(self.p.head_dim, 2), optimized=False).astype(form.wide_type)
-            self.v_wide[out] = (
-                jnp.where(real(row_layout(self.p.head_dim, 2)), x, jnp.zeros((), x.dtype)) if masked else x
-            )
+            layout = row_layout(self.p.v_head_dim, 2)
+            x = plgpu.load(source, layout=layout, optimized=False).astype(form.wide_type)
+            self.v_wide[out] = jnp.where(real(layout), x, jnp.zeros((), x.dtype)) if masked else x
 
         def clean() -> None:
             x = plgpu.load(source, layout=Layout.WGMMA)
