@@ -104,7 +104,7 @@ NUMBERS = len(Block._fields)
 
 
 def locate(p: Problem, form: Form, x: Inputs, cell) -> tuple[Any, Block]:
-    """(whether there is one, the block of a cell). Sequence b has the blocks from floor(first token / tokens of a block)
+    """(whether there is one, the block of a cell). Sequence b has the blocks from floor(first token / a block's tokens)
     + b on: enough of them, and they are found by a search. The last ones see most and come first."""
     units = jnp.int32(p.kv_heads * form.parts)
     index, unit = form.blocks - 1 - lax.div(cell, units), lax.rem(cell, units)
