@@ -78,7 +78,7 @@ BAD = {
     "scale negative": (lambda: attend(kv=quantized(-one)), r"cache\.k.*scale", "-1"),
     "scale NaN": (lambda: attend(kv=quantized(one * jnp.nan)), r"cache\.k.*scale", "nan"),
     "storage type": (lambda: attend(kv=quantized(one, pa.E5M2_TENSOR)), r"cache\.k", "float8_e4m3fn"),
-    "group format in a cache": (lambda: cache(pa.e4m3_group(16), k_scale=one, v_scale=one), "format", "GROUP16"),
+    "group format in a cache": (lambda: cache(pa.e4m3_group(64), k_scale=one, v_scale=one), "format", "GROUP64"),
     "scale forgotten": (lambda: cache(pa.E4M3_TENSOR), "k_scale", "None"),
     "layout cannot hold pages": (lambda: cache(layout=pa.SHUFFLE, page_size=10), "page_size", "10"),
     "layout cannot hold dims": (lambda: cache(layout=pa.SHUFFLE, head_dim=30), "head_dim", "30"),

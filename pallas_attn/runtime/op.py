@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 from jax.extend import core as jex
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from pallas_attn.runtime import dispatch
 from pallas_attn.runtime.dispatch import OPS, Op
@@ -38,7 +38,8 @@ def apply(op: Op, problem: Any, args: Any, backend: str | None = None) -> tuple[
         wanted = dispatch.named(op, problem, wanted)
     leaves, tree = jax.tree.flatten(args)
     call = Call(op.name, problem, tree, wanted, policy.strict)
-    return _differentiable(call, *map(jnp.asarray, leaves))
+    leaves = map(jnp.asarray, leaves)
+    return tuple(primitive.bind(*leaves, call=call)) if op.vjp is None else _differentiable(call, *leaves)
 
 
 def _run(*leaves, call: Call, platform: str):
@@ -99,6 +100,19 @@ def _batch(leaves, dims, *, call: Call):
 batching.primitive_batchers[primitive] = _batch
 
 
+def _jvp(leaves, tangents, *, call: Call):
+    """An op without a vjp of its own is differentiated through its portable backend."""
+    run = OPS[call.op].backend("xla").load().run
+    tangents = tuple(ad.instantiate_zeros(t) for t in tangents)
+    _, along = jax.jvp(
+        lambda *xs: tuple(run(call.problem, *jax.tree.unflatten(call.tree, xs))), tuple(leaves), tangents
+    )
+    return primitive.bind(*leaves, call=call), along
+
+
+ad.primitive_jvps[primitive] = _jvp
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _differentiable(call: Call, *leaves):
     return tuple(primitive.bind(*leaves, call=call))
@@ -110,6 +124,7 @@ def _forward(call: Call, *leaves):
 
 def _backward(call: Call, leaves, cotangents):
     op = OPS[call.op]
+    assert op.vjp is not None
     grads = dispatch.resolve(op.vjp)(call.problem, jax.tree.unflatten(call.tree, leaves), cotangents)
     return tuple(_cotangent(x, g) for x, g in zip(leaves, grads, strict=True))
 
