@@ -4,21 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from problems import LAYOUTS, make
 
 import pallas_attn as pa
 
-
-@pytest.fixture(autouse=True)
-def without_type_checks():
-    """The suite checks annotations at run time; users do not: here the library's own checks must speak."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
+pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 OK = {"num_pages": 4, "page_size": 16, "kv_heads": 2, "head_dim": 32}
 BATCH = pa.RaggedBatch(jnp.zeros((2, 3), jnp.int32), jnp.array([20, 3], jnp.int32), jnp.array([0, 1, 4], jnp.int32))
@@ -164,6 +156,19 @@ def test_page_numbers_outside_the_cache(layout, backend, rng):
     want, _ = problem.expected()
     others = np.r_[0, 5, 6]
     np.testing.assert_allclose(np.asarray(out)[others], want[others], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("end", [5, 2**31 - 1, -9])
+def test_csr_out_of_range(end, backend, rng):
+    """Page numbers and ends of CSR lists that only run time knows spoil nothing but their own sequence."""
+    cache = pa.PagedKVCache(*(jnp.asarray(rng.standard_normal((8, 1, 2, 32)), jnp.float32) for _ in range(2)))
+    q, indices = jnp.asarray(rng.standard_normal((2, 4, 32)), jnp.float32), jnp.array([3, 6, 2**30, -9, 1])
+    build = jax.jit(lambda indptr: pa.RaggedBatch.from_csr(indptr, indices, max_pages=4))
+    out, lse = run(backend, q, cache, build(jnp.array([0, 2, end])))
+    want, _ = run(backend, q, cache, pa.RaggedBatch.from_csr(jnp.array([0, 2, 2]), indices, max_pages=4))
+    np.testing.assert_array_equal(np.asarray(out[0]), np.asarray(want[0]))
+    assert np.isfinite(np.asarray(out)).all()
+    assert not np.isnan(np.asarray(lse)).any()
 
 
 @pytest.mark.parametrize("changes", [

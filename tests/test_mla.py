@@ -6,7 +6,6 @@ import goldens
 import jax
 import jax.export
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import oracle
 import pytest
@@ -542,14 +541,6 @@ def test_non_absorbed_prefill_in_chunks(chunk, backend, rng):
 
 
 # ---------------------------------------------------------------- bad input
-
-
-@pytest.fixture
-def without_type_checks():
-    """The suite checks annotations at run time; users do not: here the library's own checks must speak."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 CACHE = pa.LatentCache.allocate(4, 16, 32, 8, format=pa.F32)

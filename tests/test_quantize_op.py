@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import ml_dtypes
 import numpy as np
 import oracle
@@ -205,12 +204,9 @@ REFUSED = {
 }
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_input(name):
     call, argument, fix = REFUSED[name]
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(pa.InvalidInput, match=f"{argument}.*{fix}"):
-            call()
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    with pytest.raises(pa.InvalidInput, match=f"{argument}.*{fix}"):
+        call()
