@@ -1,0 +1,19 @@
+"""The gather by its definition: the whole cache in its logical order, of which each row of the result is one token."""
+
+import jax.numpy as jnp
+
+from pallas_attn.ops.sparse_indexer.gather.problem import Args, Problem, only_real, rows, spans
+
+
+def supports(p: Problem) -> str | None:
+    """The reference takes every problem."""
+    return None
+
+
+def run(p: Problem, *arrays):
+    """(values, scales, cu_lens). Memory: a copy of the cache."""
+    args = Args(*arrays)
+    first, cu_lens = spans(p, args)
+    page, slot, real = rows(p, args, first, cu_lens)
+    values, scales = args.cache.read(jnp.arange(p.pages))
+    return (*only_real(values[page, slot], scales[page, slot], real), cu_lens)
