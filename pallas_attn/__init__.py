@@ -1,5 +1,6 @@
 """FP8 paged attention for JAX on NVIDIA GPUs."""
 
+from pallas_attn import fusion as fusion
 from pallas_attn import reference as reference
 from pallas_attn.core.batch import RaggedBatch as RaggedBatch
 from pallas_attn.core.caches import PagedKVCache as PagedKVCache
@@ -27,13 +28,17 @@ from pallas_attn.core.formats import INDEX_K_F32 as INDEX_K_F32
 from pallas_attn.core.formats import INDEX_Q as INDEX_Q
 from pallas_attn.core.formats import INT8_TOKEN_HEAD as INT8_TOKEN_HEAD
 from pallas_attn.core.formats import KV_FORMATS as KV_FORMATS
+from pallas_attn.core.formats import NVFP4 as NVFP4
 from pallas_attn.core.formats import Format as Format
 from pallas_attn.core.formats import e4m3_group as e4m3_group
+from pallas_attn.core.group_scales import BlockScale as BlockScale
 from pallas_attn.core.index_cache import INDEX_LAYOUTS as INDEX_LAYOUTS
 from pallas_attn.core.index_cache import INDEX_NORMAL as INDEX_NORMAL
 from pallas_attn.core.index_cache import INDEX_SHUFFLE as INDEX_SHUFFLE
 from pallas_attn.core.index_cache import IndexCache as IndexCache
 from pallas_attn.core.index_cache import IndexLayout as IndexLayout
+from pallas_attn.core.latent_cache import LATENT_FORMATS as LATENT_FORMATS
+from pallas_attn.core.latent_cache import LatentCache as LatentCache
 from pallas_attn.core.layouts import HND as HND
 from pallas_attn.core.layouts import INTERLEAVED as INTERLEAVED
 from pallas_attn.core.layouts import LAYOUTS as LAYOUTS
@@ -46,12 +51,18 @@ from pallas_attn.core.masks import Mask as Mask
 from pallas_attn.core.quantized import Quantized as Quantized
 from pallas_attn.core.quantized import dequantize as dequantize
 from pallas_attn.core.quantized import fake_quantize as fake_quantize
-from pallas_attn.core.quantized import quantize as quantize
+from pallas_attn.fusion import fuse as fuse
 from pallas_attn.ops.gather_kv import Gathered as Gathered
 from pallas_attn.ops.gather_kv import gather_kv as gather_kv
 from pallas_attn.ops.kv_cache import write_kv as write_kv
+from pallas_attn.ops.latent_cache import GatheredLatent as GatheredLatent
+from pallas_attn.ops.latent_cache import gather_latent as gather_latent
+from pallas_attn.ops.latent_cache import write_latent as write_latent
 from pallas_attn.ops.merge_attention import merge_attention as merge_attention
+from pallas_attn.ops.mla import TopK as TopK
+from pallas_attn.ops.mla import mla_attention as mla_attention
 from pallas_attn.ops.paged_attention import paged_attention as paged_attention
+from pallas_attn.ops.quantize_output import quantize as quantize
 from pallas_attn.ops.sparse_indexer import ContextSplit as ContextSplit
 from pallas_attn.ops.sparse_indexer import GatheredIndex as GatheredIndex
 from pallas_attn.ops.sparse_indexer import Indexer as Indexer

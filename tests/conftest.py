@@ -7,6 +7,7 @@ import sys
 os.environ.setdefault("PJRT_NPROC", "16")
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -26,6 +27,14 @@ def backend(request):
         yield request.param
 
 
+@pytest.fixture
+def without_type_checks():
+    """The suite checks annotations at run time; users do not: here the library's own checks must speak."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 def pytest_sessionstart():
     """Runtime type checks wrap functions: those that Triton compiles from their source stay as they are."""
     for finder in sys.meta_path:
@@ -41,3 +50,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+
+
+def pytest_runtest_logreport(report):
+    """After an illegal address the process has no GPU any more: a worker of xdist ends, and the next one goes on."""
+    if report.failed and "CUDA_ERROR" in str(report.longrepr) and "PYTEST_XDIST_WORKER" in os.environ:
+        print(report.longrepr, flush=True)
+        os._exit(3)

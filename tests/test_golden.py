@@ -120,7 +120,7 @@ def quantiser_golden(name):
         case "group_quant_128":
             return x["x"], pa.e4m3_group(128), None, want["q"], want["scale"]
         case "group_quant_64_ue8m0_col":
-            return x["x"], pa.e4m3_group(64, ue8m0=True, order="column"), None, want["q"], want["scale"]
+            return x["x"], pa.e4m3_group(64, ue8m0=True, order="column"), None, want["q"], want["scale"].T
         case "static_fp8_quant":
             return x["x"], pa.E4M3_STATIC, x["scale"][0], want["q"], None
         case "concat_mla_fp8":

@@ -454,7 +454,7 @@ def adversarial(columns=300):
 
 @pytest.mark.parametrize(("k", "ordered"), [(1, False), (64, False), (300, True), (511, False)])
 def test_topk_of_adversarial_rows(k, ordered, backend):
-    names, rows = zip(*((n, r) for n, r in adversarial().items() if n != "denormal"), strict=True)
+    names, rows = zip(*adversarial().items(), strict=True)
     rows = np.stack(rows)
     got = pa.indexer_topk(jnp.asarray(rows), k, sorted=ordered, backend=backend)
     for name, ours, want in zip(names, np.asarray(got), defined_topk(rows, k, ordered=ordered), strict=True):
@@ -494,7 +494,7 @@ def test_topk_of_a_million_columns(rng):
 def test_topk_of_any_row(data):
     values = st.one_of(
         st.sampled_from([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan]),
-        st.floats(width=32, allow_subnormal=False),
+        st.floats(width=32),
     )
     row = np.array(data.draw(st.lists(values, min_size=40, max_size=40)), np.float32)[None]
     start, end = data.draw(st.integers(-3, 45)), data.draw(st.integers(-3, 45))
@@ -555,8 +555,8 @@ def test_split_deals_out_every_token_once(ranks, interleave):
 )
 def test_merge_of_parts_is_the_whole(ranks, interleave, k, ordered):
     """Under a named axis, as in shard_map: each rank has its own tokens' logits only."""
-    rows = np.stack(list(adversarial().values())[:14])
-    lengths = np.array([300, 299, 1, 0, 50, 300, 7, 3, 100, 200, 280, 300, 300, 33])
+    rows = np.stack(list(adversarial().values()))
+    lengths = np.array([300, 299, 1, 0, 50, 300, 7, 3, 100, 200, 280, 300, 300, 33, 300])
     split = pa.ContextSplit(ranks, interleave)
     width = -(-300 // (ranks * interleave)) * interleave
     local = np.full((ranks, len(rows), width), 9e9, np.float32)  # what is no rank's token must not be chosen

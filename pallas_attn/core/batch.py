@@ -195,3 +195,20 @@ def check_kv_lens(batch: RaggedBatch, page_size: int) -> None:
         most = int(np.max(np.asarray(batch.kv_lens)[:live], initial=0))
         fix = f"page_table has {width} pages of {page_size}: widen it to {-(-most // page_size)}"
         require(most <= width * page_size, "batch.kv_lens", most, fix)
+
+
+def check_queries(batch: RaggedBatch, tokens: int) -> None:
+    """Refuse what can be seen of the real sequences' query tokens and does not fit; at run time they are clamped."""
+    live = batch.known_live
+    if live is None:
+        return
+    if is_concrete(batch.cu_q_lens):
+        cu = np.asarray(batch.cu_q_lens)[: live + 1]
+        rising = bool(np.all(np.diff(cu) >= 0) and cu[0] >= 0)
+        require(
+            rising, "batch.cu_q_lens", cu if cu.size < 9 else "a falling sequence", "it must not fall nor be negative"
+        )
+        require(int(cu[-1]) <= tokens, "batch.cu_q_lens", int(cu[-1]), f"q has only {tokens} tokens")
+        if batch.max_q_len is not None and live:
+            most = int(np.max(np.diff(cu), initial=0))
+            require(most <= batch.max_q_len, "batch.max_q_len", batch.max_q_len, f"a sequence has {most} query tokens")

@@ -1,13 +1,16 @@
 """Formats: how numbers are stored, how many values share a scale, and by which rule that scale is found."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_attn.core.errors import require
+
 Division = Literal["divide", "reciprocal"]
 Granularity = Literal["none", "tensor", "head", "seq_head", "token_head", "group"]
+Order = Literal["row", "column", "tma"]
 
 
 class Tolerance(NamedTuple):
@@ -31,6 +34,16 @@ class Format:
 
     and a value as round(x / scale), clamped to the finite range first. Either division may be a multiplication with
     the float32 reciprocal instead, which gives other bits: `find_scale` and `apply_scale` say which.
+
+    Scales of groups, logically `[.., M, G]` for values `[.., M, D]`, lie in memory as `order` and `scale_type` tell:
+
+        row     [.., M, G]
+        column  [.., G, M]
+        tma     [.., G, M'], M' the multiple of 4 from M: whole 16 bytes, as the copy engine wants them
+        int32   four groups to a word, their exponents from the lowest byte up: G / 4, rounded up, for G
+        e4m3    each of them times one float32 of the whole tensor: a `BlockScale`
+
+    What fills up rows has the scale of zeros; what fills up words is zero.
     """
 
     name: str
@@ -43,7 +56,8 @@ class Format:
     apply_scale: Division = "divide"
     rounding: Literal["nearest_even", "half_away"] = "nearest_even"
     ue8m0: bool = False  # scales are powers of two
-    order: Literal["row", "column"] = "row"  # of group scales in memory; the logical shape is the same
+    order: Order = "row"
+    scale_type: Literal["float32", "int32", "e4m3"] = "float32"
     exponents: bool = False  # a cache of raw bytes keeps the exponent of a ue8m0 scale, four times, not the float32
     tolerance: Tolerance = LOOSE
 
@@ -54,7 +68,7 @@ class Format:
 
     @property
     def qmax(self) -> float:
-        """The largest magnitude a stored value takes: 448 (e4m3), 57344 (e5m2), 127 (int8)."""
+        """The largest magnitude a stored value takes: 448 (e4m3), 57344 (e5m2), 127 (int8), 6 (e2m1)."""
         return 127.0 if self.dtype == jnp.int8 else float(jnp.finfo(self.dtype).max)
 
     @property
@@ -62,11 +76,31 @@ class Format:
         """The lowest stored value: `-qmax`, but -128 for int8."""
         return -128.0 if self.dtype == jnp.int8 else -self.qmax
 
+    @property
+    def per_byte(self) -> int:
+        """Values of one byte, where it holds several: 2 for e2m1."""
+        return 2 if self.dtype == E2M1 else 1
+
+    @property
+    def stored(self) -> np.dtype:
+        """The type of the array of values: `dtype`, but uint8 where a byte holds several."""
+        return np.dtype(np.uint8) if self.per_byte > 1 else self.dtype
+
+    @property
+    def two_level(self) -> bool:
+        """Whether each scale is itself a stored value, times one float32 of the tensor."""
+        return self.scale_type == "e4m3"
+
+    @property
+    def rows(self) -> int:
+        """Rows of group scales come in multiples of this."""
+        return 4 if self.order == "tma" else 1
+
     def __repr__(self) -> str:
         return self.name
 
 
-E4M3, E5M2, INT8 = (np.dtype(t) for t in (jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8))
+E4M3, E5M2, INT8, E2M1 = (np.dtype(t) for t in (jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8, jnp.float4_e2m1fn))
 
 BF16 = Format("BF16", np.dtype(jnp.bfloat16))
 F16 = Format("F16", np.dtype(jnp.float16))
@@ -102,15 +136,42 @@ INDEX_Q = dataclasses.replace(INDEX_K, name="INDEX_Q", amax_floor=1e-10)
 FP8_DS_MLA = Format("FP8_DS_MLA", E4M3, "group", group=128, scale_floor=1e-4, ue8m0=True)
 
 
-def e4m3_group(group: int, *, ue8m0: bool = False, order: Literal["row", "column"] = "row") -> Format:
-    """FP8 with one scale per `group` (64 or 128) values of a row (vLLM csrc per_token_group_quant.cu)."""
-    name = f"E4M3_GROUP{group}{'_UE8M0' if ue8m0 else ''}{'_COLUMN' if order == 'column' else ''}"
-    # A power-of-two scale has the floor once more, on itself.
-    floor = 1e-10 if ue8m0 else 0.0
+# Two e2m1 codes a byte, the even one in the low half (vLLM csrc nvfp4_quant_kernels.cu, whose global scale is the
+# reciprocal of the tensor's here; its scales in rows, not in tiles of 128 x 4).
+NVFP4 = Format(
+    "NVFP4", E2M1, "group", 16, scale_floor=1e-12, find_scale="reciprocal", apply_scale="reciprocal", scale_type="e4m3"
+)
+
+GROUPS = (64, 128)
+
+
+def e4m3_group(group: int, *, ue8m0: bool = False, order: Order = "row", packed: bool = False) -> Format:
+    """FP8 with one scale per `group` values of a row (vLLM csrc per_token_group_quant.cu).
+
+    Args:
+      group: 64 or 128.
+      ue8m0: scales are powers of two.
+      order: how scales lie in memory, as `Format` tells.
+      packed: four exponents in an int32, as DeepGEMM reads them; needs `ue8m0=True, order="tma"`.
+    Raises: InvalidInput for another group, order or packing.
+    """
+    require(group in GROUPS, "group", group, "choose 64 or 128")
+    orders = get_args(Order)
+    require(order in orders, "order", repr(order), f"choose one of {', '.join(orders)}")
+    ready = ue8m0 and order == "tma"
+    require(ready or not packed, "packed", packed, 'exponents are packed with ue8m0=True and order="tma" only')
+    suffixes = ("_UE8M0" if ue8m0 else "", "" if order == "row" else f"_{order.upper()}", "_PACKED" if packed else "")
     return Format(
-        name, E4M3, "group", group, 1e-10, floor, apply_scale="reciprocal", ue8m0=ue8m0, order=order
+        f"E4M3_GROUP{group}{''.join(suffixes)}", E4M3, "group", group, amax_floor=1e-10,
+        scale_floor=1e-10 if ue8m0 else 0.0,  # a power-of-two scale has the floor once more, on itself
+        apply_scale="reciprocal", ue8m0=ue8m0, order=order, scale_type="int32" if packed else "float32",
     )  # fmt: skip
 
+
+GROUP_FORMATS = (
+    *(e4m3_group(g, ue8m0=u, order=o) for g in GROUPS for u in (False, True) for o in get_args(Order)),
+    *(e4m3_group(g, ue8m0=True, order="tma", packed=True) for g in GROUPS),
+)
 
 FLOAT_FORMATS = (BF16, F16, F32)
 KV_FORMATS = (

@@ -46,15 +46,16 @@ class Op:
     """An operation: how to check a call, what it returns, who can run it, and how it transforms.
 
     `prepare(*args, **kwargs)` -> (problem, argument pytree); `outputs(problem)` -> shapes and dtypes, flat;
-    `vjp` and `batch` are "module:function" strings, so that importing an op imports no kernel; `support_cases()`
-    yields (dimension, name, problem) for each row of the support table.
+    `vjp` and `batch` are "module:function" strings, so that importing an op imports no kernel; an op without a `vjp` is
+    differentiated through its backend "xla"; `support_cases()` yields (dimension, name, problem) for each row of the
+    support table.
     """
 
     name: str
     prepare: Callable[..., tuple[Any, Any]]
     outputs: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]]
     backends: tuple[Backend, ...]
-    vjp: str
+    vjp: str | None
     batch: str | None = None
     support_cases: Callable[[], Iterator[tuple[str, str, Any]]] = lambda: iter(())
 

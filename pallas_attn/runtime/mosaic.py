@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray, Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -22,7 +23,7 @@ OVER_COLUMNS = Layout.WGMMA.reduce(0)  # [8 n]: a value for each column of an ac
 
 def swizzled(dtype, columns: int) -> tuple:
     """Transforms of a tile of rows for TMA and the matrix unit."""
-    width = min(128, columns * jnp.dtype(dtype).itemsize)
+    width = math.gcd(128, columns * jnp.dtype(dtype).itemsize)
     columns = width // jnp.dtype(dtype).itemsize
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(width)  # type: ignore[abstract]
 
@@ -31,7 +32,7 @@ def row_layout(columns: int, itemsize: int = 4):
     """Registers of a tile [8 n, columns] that is not tall enough for the matrix unit's own layouts: 16 lanes hold a
     row, so that a reduction along it stays in the warp. No lane moves more than 16 bytes at once: wider loads from
     shared memory come back wrong."""
-    width = min(columns, 256 // itemsize)
+    width = math.gcd(columns, 256 // itemsize)
     return Layout.TILED(Tiling(((8, width), (2, width), (width // 16,))), (-5,), (-3, -2), -1)
 
 
@@ -46,7 +47,7 @@ def divide(x: jax.Array, y: jax.Array, layout, interpret: bool) -> jax.Array:
     """x / y in float32, rounded once. The division sign is not that in a kernel: XLA sets a flag for all of its process
     by which LLVM takes an approximate one."""
     if interpret:
-        return x / y
+        return x / lax.optimization_barrier(y)  # or XLA multiplies by the reciprocal of a constant
 
     @plgpu.inline_mgpu(
         arg_types=(layout, layout), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout)

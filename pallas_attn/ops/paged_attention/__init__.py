@@ -7,7 +7,7 @@ from pallas_attn.core.batch import RaggedBatch
 from pallas_attn.core.caches import PagedKVCache
 from pallas_attn.core.formats import Format
 from pallas_attn.core.masks import Bias, Mask
-from pallas_attn.core.quantized import Quantized
+from pallas_attn.core.quantized import Quantized, put_together
 from pallas_attn.ops.paged_attention.cases import support_cases
 from pallas_attn.ops.paged_attention.problem import outputs, prepare
 from pallas_attn.runtime.dispatch import Backend, Op, register
@@ -37,7 +37,7 @@ def paged_attention(
     bias: Bias | None = None,
     soft_cap: Array | float | None = None,
     sinks: Float[Array, "H"] | None = None,
-    out: object | tuple[Format, Array | float] | None = None,
+    out: object | Format | tuple[Format, Array | float] | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Array | Quantized | tuple[Array | Quantized, Array]:
@@ -60,11 +60,13 @@ def paged_attention(
       bias: ALiBi or query-query bias.
       soft_cap: bound of the scaled logits; None or <= 0 is none.
       sinks: float `[H]`, a logit of each head that takes weight but has no value; not multiplied by `scale`.
-      out: a float dtype (default q's, bf16 for a quantised q), or (format, scale) with a format per tensor such as
-        `E4M3_STATIC` for an FP8 output quantised with that static scale.
+      out: a float dtype (default q's, bf16 for a quantised q); (format, scale) with a format per tensor such as
+        `E4M3_STATIC` for an FP8 output quantised with that static scale; `e4m3_group(64 or 128)` for one whose scales
+        are found, or (`NVFP4`, the tensor's scale): DV is a multiple of the group.
       return_lse: also return the natural-log sum of exp(s), sinks included, float32 `[T, H]`.
       backend: name of a backend; default the best that supports the call.
-    Returns: `[T, H, DV]` (a Quantized for an FP8 output), and the LSE if asked. Padding tokens are 0 with LSE -inf;
+    Returns: `[T, H, DV]`, and the LSE if asked; a Quantized for a quantised output, in groups `[T, H * DV]` as the
+      projection after it reads them. Padding tokens are 0 (where scales are found, with that of zeros) with LSE -inf;
       real tokens that see no key are 0 with LSE = sinks (-inf without), so that partial results merge exactly.
     Raises: InvalidInput for arguments that do not fit each other; Unsupported when the named backend refuses.
     Page numbers and lengths out of range at run time are clamped: nothing outside the cache is read.
@@ -75,7 +77,6 @@ def paged_attention(
         scale=scale, mask=mask, bias=bias, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
     )  # fmt: skip
     results = apply(OP, problem, args, backend)
-    first = results[0]
-    if problem.out_format is not None:
-        first = Quantized(first, args.out_scale, problem.out_format)  # type: ignore[arg-type]
-    return (first, results[1]) if return_lse else first
+    arrays = results[:-1] if return_lse else results
+    first = arrays[0] if problem.out_format is None else put_together(problem.out_format, arrays, args.out_scale)
+    return (first, results[-1]) if return_lse else first

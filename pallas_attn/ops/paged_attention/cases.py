@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_attn.core.batch import RaggedBatch
 from pallas_attn.core.caches import abstract_cache
-from pallas_attn.core.formats import E4M3_STATIC, E4M3_TENSOR, KV_FORMATS
+from pallas_attn.core.formats import E4M3_STATIC, E4M3_TENSOR, KV_FORMATS, NVFP4, e4m3_group
 from pallas_attn.core.layouts import LAYOUTS, NHD
 from pallas_attn.core.masks import Bias, Mask
 from pallas_attn.core.quantized import Quantized
@@ -47,6 +47,8 @@ def options() -> tuple[Option, ...]:
         Option("sinks", {"sinks": S((8,), f32)}),
         Option("FP8 query", {"q": Quantized(S((32, 8, 128), jnp.float8_e4m3fn), S((), f32), E4M3_TENSOR)}),
         Option("FP8 output", {"out": (E4M3_STATIC, 0.5)}),
+        Option("group FP8 output", {"out": e4m3_group(128)}),
+        Option("NVFP4 output", {"out": (NVFP4, 0.01)}),
         Option("LSE", {"return_lse": True}),
     )
 

@@ -12,7 +12,7 @@ from pallas_attn.core.caches import PagedKVCache
 from pallas_attn.core.formats import E4M3, E5M2, Format
 from pallas_attn.core.leaf import Leaf
 from pallas_attn.core.masks import Mask
-from pallas_attn.core.quantized import Quantized
+from pallas_attn.core.quantized import Quantized, arrange, divide, scale_of
 from pallas_attn.ops.paged_attention.problem import Args, Problem, prepare
 from pallas_attn.runtime.op import apply
 
@@ -36,7 +36,8 @@ def fold(p: Problem, args: Args, mapped: Args, n: int, backend: str | None) -> l
     q = _fold_q(args.q, mapped.q, n)
     folded = _fold_batch(p, batch, n, p.pages if cache_mapped else 0)
     mask = _fold_mask(args.mask, mapped.mask, n)
-    out = p.out_dtype if p.out_format is None else (p.out_format, args.out_scale)
+    format = _in_rows(p.out_format)
+    out = p.out_dtype if format is None else format if args.out_scale is None else (format, args.out_scale)
     problem, new = prepare(
         q, cache, folded,
         scale=args.scale, mask=mask, bias=args.bias, soft_cap=args.soft_cap, sinks=args.sinks, out=out,
@@ -47,14 +48,30 @@ def fold(p: Problem, args: Args, mapped: Args, n: int, backend: str | None) -> l
     # Only the sequences of padding may have more tokens than the bound, and nothing of theirs is kept.
     problem = dataclasses.replace(problem, max_q_len=p.max_q_len)
     outs = apply(OP, problem, new, backend)
-    live = jax.vmap(lambda b: b.tokens(p.tokens)[2])(batch).reshape(-1)
-    fills = (0.0, -jnp.inf)
-    return [
-        jnp.where(live.reshape(-1, *(1 for _ in x.shape[1:])), x, jnp.asarray(fill, x.dtype)).reshape(
-            n, p.tokens, *x.shape[1:]
-        )
-        for x, fill in zip(outs, fills, strict=False)
-    ]
+    live = jax.vmap(lambda b: b.tokens(p.tokens)[2])(batch)
+    lse = outs[len(outs) - p.return_lse :]
+    values, *scales = outs[: len(outs) - p.return_lse]
+    arrays = [_split(values, live, 0.0), *(_split(x, live, _scale_of_zeros(format)) for x in scales)]
+    if p.out_format is not None and p.out_format != format:
+        arrays[1] = arrange(arrays[1], p.out_format)
+    return [*arrays, *(_split(x, live, -jnp.inf) for x in lse)]
+
+
+def _split(x: Array, live: Array, fill) -> Array:
+    """x [n * T, ...] by copy, its padding (not live [n, T]) filled."""
+    x = x.reshape(*live.shape, *x.shape[1:])
+    return jnp.where(live.reshape(*live.shape, *(1 for _ in x.shape[2:])), x, jnp.asarray(fill, x.dtype))
+
+
+def _scale_of_zeros(format: Format | None) -> Array | float:
+    return 0.0 if format is None or format.two_level else scale_of(jnp.zeros(()), format, divide)
+
+
+def _in_rows(format: Format | None) -> Format | None:
+    """The format with its scales in rows, which can be cut between the copies."""
+    if format is None or format.granularity != "group":
+        return format
+    return dataclasses.replace(format, order="row", scale_type="e4m3" if format.two_level else "float32")
 
 
 def _wide(n: int, x: Leaf, mapped: Leaf) -> Array:

@@ -27,11 +27,12 @@ from pallas_attn.core.quantized import Quantized
 from pallas_attn.ops.paged_attention import mosaic_prefill_compute
 from pallas_attn.ops.paged_attention.mosaic_config import FP8
 from pallas_attn.ops.paged_attention.mosaic_prefill_compute import Computer
-from pallas_attn.ops.paged_attention.mosaic_prefill_crew import CELLS, Loader, Preparer
-from pallas_attn.ops.paged_attention.mosaic_prefill_plan import WARPGROUPS, Form, Inputs
+from pallas_attn.ops.paged_attention.mosaic_prefill_crew import NEWS, Loader, Preparer
+from pallas_attn.ops.paged_attention.mosaic_prefill_plan import NUMBERS, WARPGROUPS, Form, Inputs
 from pallas_attn.ops.paged_attention.problem import Args, Problem
 from pallas_attn.runtime.mosaic import ROWS, SHARED, SMS, swizzled
 
+DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))  # of keys and of values
 CAN = {"non-causal", "per-sequence causal", "window", "soft cap", "sinks", "FP8 output", "LSE"}
 
 
@@ -58,7 +59,8 @@ def supports(p: Problem) -> str | None:
         f"no {p.kv_format} cache": p.kv_format.dtype not in (*FP8, INT8, jnp.bfloat16, jnp.float16),
         f"no {p.layout} layout": p.layout.blocked,
         f"no page size {p.page_size}": p.page_size not in (16, 32, 64, 128, 256),
-        f"no head dim {p.head_dim}, {p.v_head_dim}": p.head_dim not in (64, 128, 256) or p.v_head_dim != p.head_dim,
+        f"no head dim {p.head_dim}, {p.v_head_dim}": (p.head_dim, p.v_head_dim) not in DIMS,
+        f"no head dim {p.head_dim}, {p.v_head_dim} in {p.layout}": p.layout.single and p.head_dim != p.v_head_dim,
         f"no {p.q_format} query": p.q_format.quantized and p.q_format.dtype not in FP8,
         f"no {p.head_dim} head dims of {size} bytes": p.head_dim * size > 512,
         f"no FP8 rows of {p.head_dim} for an odd group of {p.group}": not part_of(p),
@@ -72,7 +74,7 @@ def supports(p: Problem) -> str | None:
 
 def choose(p: Problem) -> Config:
     """The configuration for a problem: the first of these that fits the shared memory."""
-    tile = 64 if p.head_dim == 256 or p.kv_format.dtype == INT8 else 128
+    tile = 64 if p.head_dim > 128 or p.kv_format.dtype == INT8 else 128
     rings = ((3, 2, 2, True), (3, 2, 2, False), (2, 2, 2, False), (2, 1, 2, False), (2, 1, 1, False), (1, 1, 1, False))
     choices = [Config(tile, *ring) for ring in rings]
     return next((c for c in choices if shared_bytes(p, c) <= SHARED), choices[-1])
@@ -81,9 +83,10 @@ def choose(p: Problem) -> Config:
 def part_of(p: Problem) -> int:
     """Heads of one block: the most that divide the group evenly and whose rows of a token begin at multiples of 128
     bytes, as copies want it; queries of one head come in one copy. None would be 0."""
-    fits = lambda heads, dtype: heads * p.head_dim * dtype.itemsize % 128 == 0  # noqa: E731
+    result, query = p.v_head_dim * p.out_dtype.itemsize, p.head_dim * p.q_format.dtype.itemsize
+    fits = lambda part: part * result % 128 == 0 and (part == 1 or part * query % 128 == 0)  # noqa: E731
     parts = (d for d in range(1, min(p.group, ROWS) + 1) if p.group % d == 0)
-    return max((d for d in parts if fits(d, p.out_dtype) and (d == 1 or fits(d, p.q_format.dtype))), default=0)
+    return max(filter(fits, parts), default=0)
 
 
 def form_of(p: Problem, config: Config, few: int = 0) -> Form:
@@ -161,16 +164,20 @@ def inputs_of(p: Problem, form: Form, args: Args) -> Inputs:
 
 def scratch_of(p: Problem, form: Form) -> dict[str, Any]:
     """Shared memory and barriers of a CTA."""
-    stored, depth, tile, barrier = p.kv_format.dtype, p.head_dim, form.tile, plgpu.Barrier
+    stored, tile, barrier = p.kv_format.dtype, form.tile, plgpu.Barrier
+
+    def tiles(slots: int, dim: int, dtype) -> Any:
+        return plgpu.SMEM((slots, tile, dim), dtype, transforms=swizzled(dtype, dim))
+
     pages = max(tile // p.page_size, 1)
     scratch = _of_query(p, form) | {
         "row_values": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-        "k_ring": plgpu.SMEM((form.keys, tile, depth), stored, transforms=swizzled(stored, depth)),
-        "v_ring": plgpu.SMEM((form.values, tile, depth), stored, transforms=swizzled(stored, depth)),
-        "cells": plgpu.SMEM((CELLS,), jnp.int32),
+        "k_ring": tiles(form.keys, p.head_dim, stored),
+        "v_ring": tiles(form.values, p.v_head_dim, stored),
+        "news": plgpu.SMEM((NEWS, NUMBERS), jnp.int32),
         "ticket": plgpu.SMEM((1,), jnp.int32),
-        "cell_here": barrier(num_barriers=CELLS),
-        "cell_used": barrier(num_arrivals=WARPGROUPS + 1, num_barriers=CELLS),
+        "news_here": barrier(num_barriers=NEWS),
+        "news_used": barrier(num_arrivals=WARPGROUPS + 1, num_barriers=NEWS),
         "q_here": barrier(num_arrivals=1 if form.part == 1 else form.span, num_barriers=WARPGROUPS),
         "q_used": barrier(num_barriers=WARPGROUPS),
         "k_here": barrier(num_arrivals=pages, num_barriers=form.keys),
@@ -179,17 +186,19 @@ def scratch_of(p: Problem, form: Form) -> dict[str, Any]:
         "v_ready": barrier(num_barriers=form.value_slots(p)),
         "v_used": barrier(num_arrivals=WARPGROUPS, num_barriers=form.value_slots(p)),
     }
-    wide = lambda slots, dtype: plgpu.SMEM((slots, tile, depth), dtype, transforms=swizzled(dtype, depth))  # noqa: E731
     if stored.itemsize == 1:
-        scratch |= {"v_wide": wide(form.wide, form.wide_type), "v_free": barrier(num_barriers=form.values)}
+        scratch |= {
+            "v_wide": tiles(form.wide, p.v_head_dim, form.wide_type),
+            "v_free": barrier(num_barriers=form.values),
+        }
     if form.relays_keys(p):
         scratch["k_ready"] = barrier(num_barriers=form.keys)
     if stored == INT8:
-        scratch["k_wide"] = wide(form.keys, form.operand)
+        scratch["k_wide"] = tiles(form.keys, p.head_dim, form.operand)
     if p.kv_format.granularity == "token_head":
         scratch |= {name: plgpu.SMEM((form.keys, tile), jnp.float32) for name in ("k_scales", "v_scales")}
     if mosaic_prefill_compute.INTERPRET is not None:
-        scratch["stand_ins"] = [plgpu.SMEM((WARPGROUPS, ROWS, n), jnp.float32) for n in (tile, depth)]
+        scratch["stand_ins"] = [plgpu.SMEM((WARPGROUPS, ROWS, n), jnp.float32) for n in (tile, p.v_head_dim)]
     return scratch
 
 
@@ -198,7 +207,7 @@ def _of_query(p: Problem, form: Form) -> dict[str, Any]:
     are never alive together in a warpgroup and share its memory. Each fills as many bytes of it, so that no warpgroup
     reaches into the other's. Results of 4 bytes leave in halves."""
     depth = p.head_dim
-    out_depth = min(depth, 2 * depth // p.out_dtype.itemsize)
+    out_depth = min(p.v_head_dim, 2 * p.v_head_dim // p.out_dtype.itemsize)
     widths = [form.terms * depth * form.operand.itemsize, out_depth * p.out_dtype.itemsize]
     if not form.ahead:
         widths.append(depth * p.q_format.dtype.itemsize)

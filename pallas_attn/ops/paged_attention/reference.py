@@ -27,8 +27,8 @@ def run(p: Problem, *arrays):
     s = scores(dot("tkgqd,txkd->tkgqx", q, k), args.scale, args.bias, args.soft_cap, w)
     s = jnp.where(seen[:, None, None], s, -jnp.inf)
     out, lse = softmax(s, v, args.sinks, real)
-    out = finish(out.reshape(p.tokens, p.q_heads, -1), p.out_dtype, p.out_format, args.out_scale)
-    return (out, lse.reshape(p.tokens, p.q_heads)) if p.return_lse else (out,)
+    out = finish(p, out.reshape(p.tokens, p.q_heads, -1), args.out_scale)
+    return (*out, lse.reshape(p.tokens, p.q_heads)) if p.return_lse else out
 
 
 def softmax(s, v, sinks, real):

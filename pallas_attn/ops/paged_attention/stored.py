@@ -3,19 +3,15 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_attn.core import output, query
 from pallas_attn.core.caches import PagedKVCache, to_token_major
-from pallas_attn.core.formats import Format
-from pallas_attn.core.quantized import Quantized, spread, to_storage
+from pallas_attn.core.quantized import Quantized
+from pallas_attn.ops.paged_attention.problem import Problem
 
 
 def query_numbers(q: Array | Quantized, kv_heads: int, real: Array) -> Array:
     """The query in float32 as [T, K, G, D], its scale applied; padding (not real [T]) is zero, whatever it holds."""
-    real = real[:, None, None]
-    x = q.values if isinstance(q, Quantized) else q
-    number = jnp.where(real, x.astype(jnp.float32), 0.0)
-    if isinstance(q, Quantized):
-        number = number * jnp.where(real, spread(q.format, q.scale, x.shape), 0.0)
-    return number.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
+    return query.query_numbers(q, real).reshape(q.shape[0], kv_heads, -1, q.shape[-1])
 
 
 def cache_numbers(cache: PagedKVCache, pages: Array, seq: Array, seen: Array) -> tuple[Array, Array]:
@@ -52,6 +48,7 @@ def _scale_of(cache: PagedKVCache, scale: Array, pages: Array, seq: Array, shape
             return picked.reshape(*shape, scale.shape[1] if cache.layout.head_major else scale.shape[2], 1)
 
 
-def finish(out: Array, dtype, format: Format | None, scale: Array | None) -> Array:
-    """The one rounding of the result: to a float type, or through a static scale to FP8."""
-    return out.astype(dtype) if format is None or scale is None else to_storage(out, scale, format)
+def finish(p: Problem, out: Array, scale: Array | None) -> tuple[Array, ...]:
+    """The one rounding of results [T, H, DV]: to a float type, through a static scale, or by groups of [T, H * DV]
+    with the scales that are found."""
+    return output.finish(out, p.out_dtype, p.out_format, scale)

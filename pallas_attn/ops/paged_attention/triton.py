@@ -59,7 +59,8 @@ def supports(p: Problem) -> str | None:
         f"no {p.group} query heads per kv head": p.group > 128,
         f"no {p.kv_format} cache": p.kv_format.granularity not in GRANULARITIES,
         f"no {p.q_format} query": p.q_format.granularity not in Q_GRANULARITIES,
-        f"no {p.out_format} output": p.out_format is not None and p.out_format.dtype not in KINDS,
+        f"no {p.out_format} output": p.out_format is not None
+        and (p.out_format.dtype not in KINDS or p.out_format.granularity != "tensor"),
         "an empty call": not p.tokens or not p.seqs,
     }
     return next((reason for reason, refused in refusals.items() if refused), None)

@@ -146,14 +146,14 @@ def run(p: Problem, *arrays):
     """(out [T, H, DV], lse [T, H] if asked)."""
     args = Args(*arrays)
     if not p.tokens or not p.seqs:
-        return nothing(p)
+        return nothing(p, args)
     tiles, block = cut(p, args.batch)
     out, lse = forward(p, args, tiles, block)
-    out = finish(to_tokens(p, out, tiles, 0.0), p.out_dtype, p.out_format, args.out_scale)
-    return (out, to_tokens(p, lse, tiles, -jnp.inf)) if p.return_lse else (out,)
+    out = finish(p, to_tokens(p, out, tiles, 0.0), args.out_scale)
+    return (*out, to_tokens(p, lse, tiles, -jnp.inf)) if p.return_lse else out
 
 
-def nothing(p: Problem):
+def nothing(p: Problem, args: Args):
     """The answer where there is no query or no sequence."""
-    out = jnp.zeros((p.tokens, p.q_heads, p.v_head_dim), p.out_dtype)
-    return (out, jnp.full((p.tokens, p.q_heads), -jnp.inf)) if p.return_lse else (out,)
+    out = finish(p, jnp.zeros((p.tokens, p.q_heads, p.v_head_dim)), args.out_scale)
+    return (*out, jnp.full((p.tokens, p.q_heads), -jnp.inf)) if p.return_lse else out

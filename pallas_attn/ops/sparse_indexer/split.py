@@ -8,6 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_attn.core.errors import require
 from pallas_attn.ops.sparse_indexer.terms import check_size
+from pallas_attn.ops.sparse_indexer.topk import indexer_topk
+from pallas_attn.ops.sparse_indexer.topk.problem import ordered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +71,8 @@ def merge_topk(
     logits, positions = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1) for x in (logits, positions))
     positions = jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions.astype(jnp.int32))
     none = positions == jnp.iinfo(jnp.int32).max
-    logits = jnp.where(none | jnp.isnan(logits), -jnp.inf, jnp.where(logits == 0, 0.0, logits))
-    _, best = lax.sort((-logits, positions), num_keys=2)  # what is no candidate has the last position of all
+    # What is no candidate has the last position of all.
+    _, best = lax.sort((~ordered(jnp.where(none, -jnp.inf, logits)), positions), num_keys=2)
     best = jnp.pad(best, ((0, 0), (0, max(k - best.shape[1], 0))), constant_values=jnp.iinfo(jnp.int32).max)[:, :k]
     best = best if sorted else jnp.sort(best, axis=1)
     return jnp.where(best == jnp.iinfo(jnp.int32).max, -1, best)
@@ -92,8 +94,6 @@ def split_topk(
       ends: int32 `[T]`, how many local tokens row t sees: `split.local_len(length, rank)`; None for all columns.
     Returns: int32 `[T, k]` positions in the whole sequence, the same on every rank.
     """
-    from pallas_attn.ops.sparse_indexer.topk import indexer_topk
-
     rank = lax.axis_index(axis)
     mine = indexer_topk(logits, min(k, logits.shape[1]), ends=ends, backend=backend)
     values = jnp.take_along_axis(logits, jnp.maximum(mine, 0), axis=1)

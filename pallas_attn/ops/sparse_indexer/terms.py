@@ -12,7 +12,6 @@ from pallas_attn.core.errors import is_concrete, require
 from pallas_attn.core.formats import float_format
 from pallas_attn.core.leaf import Leaf
 from pallas_attn.core.quantized import Quantized, check_positive, dequantize, scale_shape
-from pallas_attn.runtime.op import differentiable
 
 ELEMENTS = 1 << 22  # float32 elements of one block of products, at most about
 
@@ -103,17 +102,3 @@ def in_blocks(fn: Callable, size: int, arrays: tuple[Array, ...], fill: int = 0)
         for x in arrays
     ]
     return lax.map(jax.checkpoint(lambda xs: fn(*xs)), tuple(cut))
-
-
-def pull(run: Callable, args, cotangents: tuple) -> list[Array | None]:
-    """Cotangents of the flattened arguments: back through `run` to every float wider than 8 bits."""
-    leaves, tree = jax.tree.flatten(args)
-    mine = [i for i, x in enumerate(leaves) if differentiable(x)]
-
-    def of_floats(*floats):
-        given = dict(zip(mine, floats, strict=True))
-        return run(*jax.tree.unflatten(tree, [given.get(i, x) for i, x in enumerate(leaves)]))
-
-    _, back = jax.vjp(of_floats, *(leaves[i] for i in mine))
-    found = dict(zip(mine, back(tuple(cotangents)), strict=True))
-    return [found.get(i) for i in range(len(leaves))]

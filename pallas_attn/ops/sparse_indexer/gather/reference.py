@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from pallas_attn.ops.sparse_indexer.gather.problem import Args, Problem, only_real, rows, spans
+from pallas_attn.ops.sparse_indexer.gather.problem import Args, Problem, only_real, sources
 
 
 def supports(p: Problem) -> str | None:
@@ -13,7 +13,6 @@ def supports(p: Problem) -> str | None:
 def run(p: Problem, *arrays):
     """(values, scales, cu_lens). Memory: a copy of the cache."""
     args = Args(*arrays)
-    first, cu_lens = spans(p, args)
-    page, slot, real = rows(p, args, first, cu_lens)
+    where, cu_lens = sources(p, args)
     values, scales = args.cache.read(jnp.arange(p.pages))
-    return (*only_real(values[page, slot], scales[page, slot], real), cu_lens)
+    return (*only_real(values[where.page, where.slot], scales[where.page, where.slot], where.real), cu_lens)

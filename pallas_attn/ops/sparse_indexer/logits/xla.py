@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_attn.ops.sparse_indexer.logits.problem import Args, Problem, columns, ranges
-from pallas_attn.ops.sparse_indexer.terms import ELEMENTS, apart, fold, in_blocks, masked, pull, scored
+from pallas_attn.ops.sparse_indexer.terms import ELEMENTS, apart, fold, in_blocks, masked, scored
+from pallas_attn.runtime.op import pull_back
 
 MAX_KEYS = 1024  # of a block
 
@@ -48,4 +49,4 @@ def _tile(p: Problem, keys: tuple[Array, ...], block: int, queries, weights, sta
 
 def vjp(p: Problem, args: Args, cotangents: tuple) -> list[Array | None]:
     """Cotangents of the flattened arguments."""
-    return pull(functools.partial(run, p), args, cotangents)
+    return pull_back(functools.partial(run, p), args, cotangents)

@@ -12,7 +12,8 @@ from jaxtyping import Array
 from pallas_attn.core.index_cache import IndexCache
 from pallas_attn.core.quantized import Quantized
 from pallas_attn.ops.sparse_indexer.paged_logits.problem import Args, Problem, reach
-from pallas_attn.ops.sparse_indexer.terms import ELEMENTS, apart, fold, in_blocks, masked, pull, scored
+from pallas_attn.ops.sparse_indexer.terms import ELEMENTS, apart, fold, in_blocks, masked, scored
+from pallas_attn.runtime.op import pull_back
 
 MAX_KEYS = 1024  # of a block
 
@@ -67,4 +68,4 @@ def _tile(p: Problem, cache: IndexCache, queries: Array, weights: Array, pages: 
 
 def vjp(p: Problem, args: Args, cotangents: tuple) -> list[Array | None]:
     """Cotangents of the flattened arguments."""
-    return pull(functools.partial(run, p), args, cotangents)
+    return pull_back(functools.partial(run, p), args, cotangents)

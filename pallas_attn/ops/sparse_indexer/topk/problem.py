@@ -5,10 +5,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jaxtyping import Array
 
 from pallas_attn.core.errors import require
 from pallas_attn.ops.sparse_indexer.terms import check_rows, check_size
+
+HIGH = np.uint32(1 << 31)  # the highest bit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,13 @@ def ranges(p: Problem, args: Args) -> tuple[Array, Array]:
     ends = jnp.full(p.rows, p.columns, jnp.int32) if args.ends is None else args.ends
     starts, ends = (jnp.clip(x, 0, p.columns).astype(jnp.int32)[:, None] for x in (starts, ends))
     return starts, ends
+
+
+def ordered(x: Array) -> Array:
+    """uint32 in the order of the floats, all above 0; NaN as -inf, -0 as +0."""
+    bits = lax.bitcast_convert_type(jnp.where(jnp.isnan(x), -jnp.inf, x), jnp.uint32)
+    bits = jnp.where(bits == HIGH, 0, bits)  # not x == 0, which a subnormal may be too
+    return jnp.where(bits >> 31 == 1, ~bits, bits | HIGH)
 
 
 def vjp(p: Problem, args: Args, cotangents: tuple) -> list[None]:

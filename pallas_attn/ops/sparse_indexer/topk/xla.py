@@ -13,10 +13,9 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_attn.ops.sparse_indexer.terms import in_blocks
-from pallas_attn.ops.sparse_indexer.topk.problem import Args, Problem, ranges
+from pallas_attn.ops.sparse_indexer.topk.problem import HIGH, Args, Problem, ordered, ranges
 
 ELEMENTS = 1 << 27  # logits of the rows that are searched at a time, at most about
-HIGH = np.uint32(1 << 31)  # the highest bit
 
 
 def supports(p: Problem) -> str | None:
@@ -50,13 +49,6 @@ def select(p: Problem, logits: Array, starts: Array, ends: Array) -> Array:
         last = jnp.where(nth > need, np.uint32(0xFFFFFFFF), ~value)  # ascending here is descending there
         _, best = lax.sort((last, best), num_keys=1, is_stable=True)
     return jnp.where(nth <= need, best - starts, -1)
-
-
-def ordered(x: Array) -> Array:
-    """uint32 in the order of the floats, all above 0; NaN as -inf, -0 as +0."""
-    x = jnp.where(jnp.isnan(x), -jnp.inf, jnp.where(x == 0, 0.0, x))
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | HIGH)
 
 
 def threshold(key: Array, need: Array) -> Array:
