@@ -1,5 +1,5 @@
-"""`compute-sanitizer --tool memcheck python -m bench.sanitize`, or racecheck: a few cache writes and decodes, each once
-and checked, while the tool watches every access to memory."""
+"""`compute-sanitizer --tool memcheck python -m bench.sanitize`, or racecheck: a few cache writes, decodes and mixed
+steps, each once and checked, while the tool watches every access to memory."""
 
 import os
 
@@ -22,6 +22,9 @@ CELLS = [
     (pa.INT8_TOKEN_HEAD, pa.INTERLEAVED, 32, 3, 6, 128, 1, True, {}),
     (pa.BF16, pa.PACKED, 256, 2, 32, 64, 4, False, {}),
     (pa.E4M3_HEAD, pa.NHD, 64, 1, 16, 256, 1, False, {}),
+    (pa.E4M3_TENSOR, pa.HND, 64, 8, 32, 128, 150, False, {}),  # mixed: prompts and single tokens
+    (pa.INT8_TOKEN_HEAD, pa.NHD, 32, 2, 4, 64, 200, False, {"mask": pa.Mask(window=70)}),
+    (pa.BF16, pa.PACKED, 128, 2, 32, 64, 90, False, {}),
 ]
 
 

@@ -166,6 +166,19 @@ def test_page_numbers_outside_the_cache(layout, backend, rng):
     np.testing.assert_allclose(np.asarray(out)[others], want[others], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("end", [5, 2**31 - 1, -9])
+def test_csr_out_of_range(end, backend, rng):
+    """Page numbers and ends of CSR lists that only run time knows spoil nothing but their own sequence."""
+    cache = pa.PagedKVCache(*(jnp.asarray(rng.standard_normal((8, 1, 2, 32)), jnp.float32) for _ in range(2)))
+    q, indices = jnp.asarray(rng.standard_normal((2, 4, 32)), jnp.float32), jnp.array([3, 6, 2**30, -9, 1])
+    build = jax.jit(lambda indptr: pa.RaggedBatch.from_csr(indptr, indices, max_pages=4))
+    out, lse = run(backend, q, cache, build(jnp.array([0, 2, end])))
+    want, _ = run(backend, q, cache, pa.RaggedBatch.from_csr(jnp.array([0, 2, 2]), indices, max_pages=4))
+    np.testing.assert_array_equal(np.asarray(out[0]), np.asarray(want[0]))
+    assert np.isfinite(np.asarray(out)).all()
+    assert not np.isnan(np.asarray(lse)).any()
+
+
 @pytest.mark.parametrize("changes", [
     {"kv_lens": [2**31 - 1, 9, 33]},
     {"kv_lens": [-5, 9, 33]},

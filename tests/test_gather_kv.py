@@ -105,11 +105,15 @@ SCALES = (0.3, 1.7, 1.0009765625, 2.0**-14 / 3, 113.0)
 @pytest.mark.parametrize("format", ["E4M3_TENSOR", "E5M2_TENSOR"])
 def test_rounded_once(format, dtype, backend):
     """Every code times a scale is the exact product, rounded to float32 and to the result."""
+    assert_rounded_once(format, dtype, backend, SCALES)
+
+
+def assert_rounded_once(format, dtype, backend, scales):
     stored = FORMATS[format][0]
     codes = np.arange(256, dtype=np.uint8).view(stored)
     codes = np.where(np.isfinite(codes.astype(F32)), codes, stored(0))
     run = jax.jit(functools.partial(gather, max_tokens=1, dtype=dtype, backend=backend))
-    for scale in SCALES:
+    for scale in scales:
         got = np.asarray(run(*one_token(codes, scale, format)).k)[0, 0]
         product = codes.astype(np.float64) * np.float64(F32(scale))  # exact: 4 bits of mantissa times 24
         with np.errstate(over="ignore"):
@@ -338,11 +342,11 @@ def test_ragged(name, seed, lens, starts, most, kind):
 # ---------------------------------------------------------------- its use: a context in chunks
 
 
-def chunked(q, cache, batch, sinks, chunk, dtype, backend):
-    """Prefill by chunks of the context: gather one, attend to it as a cache of its own, merge."""
+def chunked(q, cache, batch, sinks, chunk, dtype, backend, longest=48):
+    """Prefill by chunks of at most `longest` tokens of context: gather one, attend to it as to a cache, merge."""
     context, seqs = batch.kv_lens - (batch.cu_q_lens[1:] - batch.cu_q_lens[:-1]), batch.kv_lens.shape[0]
     parts = []
-    for first in range(0, 48, chunk):
+    for first in range(0, longest, chunk):
         ends = jnp.minimum(context, first + chunk)
         begins = jnp.full_like(ends, first)
         now = dataclasses.replace(batch, kv_lens=ends)
@@ -363,18 +367,39 @@ def attend_contiguous(q, got, batch, **options):
     return pa.paged_attention(q, pages, view, out=jnp.float32, return_lse=True, **options)
 
 
-@pytest.mark.parametrize(("chunk", "dtype", "tolerance"), [(16, BF16, 4e-3), (20, F32, 1e-5)])
-def test_a_context_in_chunks(chunk, dtype, tolerance, rng):
+CHUNKED = [
+    # (format, layout, tokens of a chunk, type of what is gathered, relative error)
+    ("E4M3_HEAD", "SHUFFLE", 16, BF16, 4e-3),
+    ("E5M2_TENSOR", "PACKED", 30, F16, 6e-4),
+    ("E4M3_TOKEN_HEAD", "HND", 20, F32, 1e-5),
+]
+
+
+@pytest.mark.parametrize(("format", "layout", "chunk", "dtype", "tolerance"), CHUNKED)
+def test_a_context_in_chunks(format, layout, chunk, dtype, tolerance, rng):
     """Equals one call but for the rounding of what is gathered; sinks count once, and chunks for which some sequences
-    have no more tokens are harmless."""
-    problem = make(rng, "E4M3_HEAD", q_lens=(5, 3, 1, 4), kv_lens=(50, 20, 1, 9), dim=32, spare_seqs=0, spare_tokens=0)
-    q, cache, batch = problem.arguments("SHUFFLE")
-    sinks = jnp.asarray(rng.standard_normal(4) + 2, jnp.float32)
+    have no more tokens are harmless, a padding sequence among them."""
+    problem = make(rng, format, q_lens=(5, 3, 1, 4), kv_lens=(50, 20, 1, 9), dim=32, spare_seqs=1, spare_tokens=2)
+    q, cache, batch = problem.arguments(layout)
+    sinks = rng.standard_normal(4).astype(F32) + 2
     run = jit(functools.partial(chunked, chunk=chunk, dtype=dtype, backend="xla"))
-    out, lse = run(q, cache, batch, sinks)
-    want, want_lse = pa.paged_attention(q, cache, batch, sinks=sinks, out=jnp.float32, return_lse=True)
-    distance = lambda x: np.linalg.norm(np.asarray(x - want)) / np.linalg.norm(np.asarray(want))  # noqa: E731
-    assert distance(out) < tolerance
+    out, lse = run(q, cache, batch, jnp.asarray(sinks))
+    want, want_lse = pa.paged_attention(q, cache, batch, sinks=jnp.asarray(sinks), out=jnp.float32, return_lse=True)
+    distance = lambda x, y: np.linalg.norm(np.asarray(x) - y) / np.linalg.norm(y)  # noqa: E731
+    assert distance(out, np.asarray(want)) < tolerance
     np.testing.assert_allclose(np.asarray(lse), np.asarray(want_lse), atol=5 * tolerance)
+    assert distance(out, problem.expected(sinks=sinks)[0]) < tolerance
     without, _ = run(q, cache, batch, jnp.full(4, -jnp.inf))
-    assert distance(without) > 0.05
+    assert distance(without, np.asarray(want)) > 0.05
+
+
+def test_chunks_past_every_context_change_nothing(rng):
+    """Nor does a step without any context."""
+    problem = make(rng, "E4M3_TENSOR", q_lens=(5, 3), kv_lens=(21, 3), dim=32, spare_seqs=0, spare_tokens=0)
+    q, cache, batch = problem.arguments("NHD")
+    sinks = jnp.zeros(4)
+    few, many = (functools.partial(chunked, chunk=16, dtype=BF16, backend="xla", longest=n) for n in (16, 48))
+    for lens in (batch.kv_lens, jnp.array([5, 3])):
+        own = dataclasses.replace(batch, kv_lens=lens)
+        for x, y in zip(jit(few)(q, cache, own, sinks), jit(many)(q, cache, own, sinks), strict=True):
+            np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=1e-6)

@@ -9,8 +9,8 @@ import pytest
 from cover import pairwise
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from problems import FORMATS, make
+from test_gather_kv import assert_rounded_once
 from test_gather_kv import test_golden as golden_gather
-from test_gather_kv import test_rounded_once as rounded_once
 
 import pallas_attn as pa
 from pallas_attn.core.caches import abstract_cache
@@ -176,7 +176,7 @@ def test_golden_on_gpu():
 @pytest.mark.parametrize("format", ["E4M3_TENSOR", "E5M2_TENSOR"])
 @pytest.mark.parametrize("backend", ["mosaic", "xla"])
 def test_every_code_is_rounded_once_on_gpu(format, dtype, backend):
-    rounded_once(format, np.dtype(DTYPES[dtype]).type, backend, scales=(0.3, 1.7, 1.0009765625, 113.0))
+    assert_rounded_once(format, np.dtype(DTYPES[dtype]).type, backend, scales=(0.3, 1.7, 1.0009765625, 113.0))
 
 
 @pytest.mark.gpu

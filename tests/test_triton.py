@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import test_gather_kv
+import test_mosaic_gather
 import test_mosaic_write
 from cover import pairwise
 from problems import FORMATS, LAYOUTS, library_options, make, relative_error
@@ -23,6 +25,9 @@ from test_golden import test_write_kv as golden_write
 import pallas_attn as pa
 from pallas_attn.core.arch import Arch
 from pallas_attn.core.caches import abstract_cache
+from pallas_attn.ops.gather_kv import reference as gather_reference
+from pallas_attn.ops.gather_kv import triton as gather
+from pallas_attn.ops.gather_kv.problem import prepare as prepare_gather
 from pallas_attn.ops.kv_cache import triton as write
 from pallas_attn.ops.kv_cache.problem import prepare as prepare_write
 from pallas_attn.ops.paged_attention import triton as attention
@@ -326,3 +331,138 @@ def test_goldens_on_gpu(name):
 @pytest.mark.parametrize("name", ["rcf_triton_fp8", "rcf_triton_pth_fp8", "rcf_cuda_fp8_perhead"])
 def test_write_goldens_on_gpu(name):
     golden_write(name, "triton")
+
+
+# ---------------------------------------------------------------- the gather
+
+# (format, layout, page size, head dims, kv heads, type of the result, kind, sequences): every pair of these
+GATHERS = pairwise(
+    (
+        list(FORMATS), LAYOUTS, (1, 10, 16, 64), ((64, 64), (128, 128), (80, 80), (192, 128), (32, 32)), (1, 2, 5, 8),
+        list(test_mosaic_gather.DTYPES), ("whole", "starts", "padded"), (1, 3, 150),
+    ),
+    lambda c: oracle.can_hold(c[1], c[2], *c[3], np.dtype(FORMATS[c[0]][0]).itemsize)
+    and (c[3][0] == c[3][1] or c[1] in ("NHD", "HND")),
+)  # fmt: skip
+FEW_GATHERS = [c for c in GATHERS if c[4] <= 5]
+
+
+def run_gather(cache, batch, starts=None, *, backend=None, **keywords):
+    """Under the arguments of `test_gather_kv.gather`, whatever the backend."""
+    p, args = prepare_gather(cache, batch, starts=starts, **keywords)
+    assert gather.supports(p) is None
+    return pa.Gathered(*gather.run(p, *args))
+
+
+def check_gather(rng, run, cell, most=300):
+    (cache, batch, starts), keywords = test_mosaic_gather.concrete(rng, *cell, most=most)
+    test_mosaic_gather.check(run(cache, batch, starts, **keywords), (cache, batch, starts), keywords)
+
+
+@interpreter
+@pytest.mark.parametrize("cell", FEW_GATHERS[::8], ids=lambda c: "-".join(map(str, c)))
+def test_interpreted_gather(cell, rng, interpreted, generation, monkeypatch):
+    """The definition's own bits."""
+    monkeypatch.setattr(gather, "PROGRAMS", 10)  # so that some have several rows
+    generation(Arch.AMPERE if FEW_GATHERS.index(cell) % 2 else Arch.HOPPER)
+    check_gather(rng, run_gather, cell, most=40)
+
+
+@interpreter
+@pytest.mark.parametrize("arch", [Arch.AMPERE, Arch.HOPPER])
+@pytest.mark.parametrize("dtype", [oracle.BF16, oracle.F16, oracle.F32])
+@pytest.mark.parametrize("format", ["E4M3_TENSOR", "E5M2_TENSOR"])
+def test_interpreted_gather_rounds_once(format, dtype, arch, interpreted, generation):
+    """Every code times a scale, in one rounding; NaN codes too."""
+    generation(arch)
+    codes = np.arange(256, dtype=np.uint8).view(FORMATS[format][0])
+    for scale in test_gather_kv.SCALES[:2]:
+        args = test_gather_kv.one_token(codes, scale, format)
+        p, own = prepare_gather(*args, max_tokens=1, dtype=dtype)
+        for got, want in zip(gather.run(p, *own), gather_reference.run(p, *own), strict=True):
+            np.testing.assert_array_equal(np.asarray(got, oracle.F32), np.asarray(want, oracle.F32))
+
+
+@interpreter
+@pytest.mark.parametrize("name", goldens.names("gather"))
+def test_interpreted_gather_golden(name, interpreted, monkeypatch):
+    """vLLM's own bits."""
+    monkeypatch.setattr(test_gather_kv, "gather", run_gather)
+    test_gather_kv.test_golden(name, "triton")
+
+
+@interpreter
+@pytest.mark.parametrize("layout", ["NHD", "SHUFFLE"])
+def test_interpreted_gather_of_wild_numbers(layout, interpreted, monkeypatch):
+    """Nothing outside the cache is read."""
+    monkeypatch.setattr(test_gather_kv, "gather", run_gather)
+    test_gather_kv.test_wild_numbers(layout, "triton")
+
+
+def test_gather_takes_every_layout_and_refuses_wide_heads():
+    cell = ("E4M3_TENSOR", "NHD", 16, (1040, 1040), 2, "bf16", "whole", 3)
+    assert gather.supports(test_mosaic_gather.problem_of(*cell)) == "no head dims (1040, 1040)"
+    assert all(gather.supports(test_mosaic_gather.problem_of(*cell)) is None for cell in GATHERS)
+
+
+def gather_launches(cell):
+    """The one launch of a call, and the shapes of its result."""
+    args, keywords = test_mosaic_gather.abstract(*cell)
+    run = functools.partial(run_gather, **keywords)
+    (launch,) = launches_of(run, *args)
+    return launch, jax.eval_shape(run, *args)
+
+
+@pytest.mark.parametrize("cell", GATHERS[::7], ids=lambda c: "-".join(map(str, c)))
+def test_gather_traces_where_triton_is_missing(cell, generation):
+    """As one launch, to which bytes stand for FP8 before Ada."""
+    generation(Arch.AMPERE)
+    (launch, inputs), got = gather_launches(cell)
+    assert not any("float8" in str(x.dtype) for x in inputs)
+    dims, dtype = cell[3], np.dtype(test_mosaic_gather.DTYPES[cell[5]])
+    assert got == (*(S((300, cell[4], d), dtype) for d in dims), S((cell[-1] + 1,), jnp.int32))
+    assert launch.out == got[:2]
+    assert dict(launch.constants)["ROWS"] * launch.grid[0] >= 300 * cell[4]
+
+
+GATHER_COMPILED = [
+    ("E4M3_TENSOR", "NHD", 16, (128, 128), 8, "bf16", "starts", 3),
+    ("E5M2_HEAD", "SHUFFLE", 64, (128, 128), 8, "f16", "whole", 3),
+    ("E4M3_TOKEN_HEAD", "HND", 16, (192, 128), 5, "f32", "padded", 150),
+    ("INT8_TOKEN_HEAD", "INTERLEAVED", 1, (80, 80), 2, "bf16", "whole", 1),
+    ("E4M3_SEQ_HEAD", "PACKED", 16, (64, 64), 1, "bf16", "whole", 3),
+    ("BF16", "SHUFFLE", 16, (128, 128), 8, "f16", "whole", 3),
+]
+
+
+@compiler
+@pytest.mark.parametrize("arch", bridge.ARCHS, ids=lambda a: a.sm)
+@pytest.mark.parametrize("cell", GATHER_COMPILED, ids=lambda c: "-".join(map(str, c)))
+def test_gather_compiles_ahead_of_time(cell, arch, generation):
+    generation(arch)
+    kernel = bridge.compile_for(arch, *gather_launches(cell)[0])
+    assert kernel.asm["cubin"]
+    assert kernel.metadata.shared <= SHARED[arch] * 1024
+
+
+def gather_on_gpu(*args, **keywords):
+    return jax.jit(functools.partial(test_gather_kv.gather, **keywords, backend="triton"))(*args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", GATHERS, ids=lambda c: "-".join(map(str, c)))
+def test_gather_on_gpu(cell, rng):
+    check_gather(rng, gather_on_gpu, cell)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", GATHERS[::4], ids=lambda c: "-".join(map(str, c)))
+def test_gather_as_on_ampere_on_gpu(cell, rng, generation):
+    generation(Arch.AMPERE)
+    check_gather(rng, lambda *args, **keywords: jax.jit(functools.partial(run_gather, **keywords))(*args), cell)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", goldens.names("gather"))
+def test_gather_goldens_on_gpu(name):
+    test_gather_kv.test_golden(name, "triton")

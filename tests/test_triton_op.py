@@ -3,7 +3,10 @@
 import importlib.metadata
 import importlib.util
 import os
+import re
+import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +157,37 @@ def run_both(rng, module):
     add = pa.triton_op(f"{module}:add_one", out=lambda x: x, grid=1, constants={"N": 8}, aliases={0: 0})
     np.testing.assert_array_equal(jax.jit(add)(n), np.arange(1, 9))
     np.testing.assert_array_equal(n, np.arange(8))  # still used: a copy was written
+
+
+@pytest.fixture
+def saturated(tmp_path, monkeypatch):
+    """The kernel that a notebook brings, by its path."""
+    notebook = Path(__file__).parent.parent / "notebooks/03_gather_and_triton.py"
+    (source,) = re.findall(r"KERNEL = \'\'\'(.*?)\'\'\'", notebook.read_text(), re.DOTALL)
+    (tmp_path / "my_kernels.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_kernels", raising=False)
+    return pa.triton_op(
+        "my_kernels:saturated", out=S((5,), jnp.int32), grid=5, constants={"SIZE": 16 * 2 * 40, "BLOCK": 512}
+    )
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="`make triton` runs it, with triton and TRITON_INTERPRET=1")
+def test_interpreted_kernel_of_the_notebook(saturated, monkeypatch, rng):
+    """Gives what the notebook has on record: a matter of arithmetic."""
+    from triton_interpreter import interpret
+
+    monkeypatch.setattr(bridge, "INTERPRET", interpret)
+    codes = rng.choice(np.array([0x7E, 0xFE, 0x7F, 0x7D, 0x00, 0xFD], np.uint8), (5, 16, 2, 40))
+    want = np.sum(np.abs(codes.view(jnp.float8_e4m3fn).astype(np.float32)) == 448, axis=(1, 2, 3))
+    np.testing.assert_array_equal(saturated(jnp.asarray(codes)), want)
+
+
+@pytest.mark.skipif(not HERE or INTERPRETED, reason="`make triton` runs it, with triton")
+@pytest.mark.parametrize("arch", bridge.ARCHS, ids=lambda a: a.sm)
+def test_kernel_of_the_notebook_compiles_ahead_of_time(saturated, arch):
+    ((launch, inputs),) = bridge.launches(jax.make_jaxpr(saturated)(S((5, 16, 2, 40), jnp.uint8)).jaxpr)
+    assert bridge.compile_for(arch, launch, inputs).asm["cubin"]
 
 
 @pytest.mark.gpu

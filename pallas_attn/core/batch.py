@@ -118,10 +118,12 @@ class RaggedBatch:
         require(window is None or isinstance(window, int), "window", window, "it is a static int or None")
         return dataclasses.replace(self, schedule=Schedule(self.tiles_before(window), window))
 
-    def tiles_before(self, window=None) -> Int[Array, "P"]:
-        """`Schedule.before`. A window, static or traced, spares the tiles that no query of the step sees."""
+    def tiles_before(self, window=None, most: int | None = None) -> Int[Array, "P"]:
+        """`Schedule.before`. A window, static or traced, spares the tiles that no query of the step sees; of sequences
+        with more than `most` query tokens none count."""
         seqs, pages = self.page_table.shape
         q_lens = (self.cu_q_lens[1:] - self.cu_q_lens[:-1]).astype(jnp.int32)
+        q_lens = q_lens if most is None else jnp.where(q_lens > most, 0, q_lens)
         tiles = tiles_of(self.kv_lens.astype(jnp.int32), q_lens, pages, window)
         before = jnp.cumsum(jnp.where(jnp.arange(seqs) < self.live, tiles, 0)).astype(jnp.int32)
         spare = padded(seqs) - seqs - 1

@@ -1,11 +1,14 @@
-"""What Mosaic GPU kernels share: register layouts, how tiles lie in shared memory, and exactly rounded arithmetic."""
+"""What Mosaic GPU kernels share: register layouts, how tiles lie in shared memory, and what Pallas has no word for."""
 
 import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray, Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref
 
 Layout = plgpu.Layout
 ACC = plgpu.ACC  # type: ignore[attr-defined]  # public in fact, not in the type stubs
@@ -19,7 +22,7 @@ OVER_COLUMNS = Layout.WGMMA.reduce(0)  # [8 n]: a value for each column of an ac
 
 def swizzled(dtype, columns: int) -> tuple:
     """Transforms of a tile of rows for TMA and the matrix unit."""
-    width = min(128, columns * jnp.dtype(dtype).itemsize)
+    width = math.gcd(128, columns * jnp.dtype(dtype).itemsize)
     columns = width // jnp.dtype(dtype).itemsize
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(width)  # type: ignore[abstract]
 
@@ -28,7 +31,7 @@ def row_layout(columns: int, itemsize: int = 4):
     """Registers of a tile [8 n, columns] that is not tall enough for the matrix unit's own layouts: 16 lanes hold a
     row, so that a reduction along it stays in the warp. No lane moves more than 16 bytes at once: wider loads from
     shared memory come back wrong."""
-    width = min(columns, 256 // itemsize)
+    width = math.gcd(columns, 256 // itemsize)
     return Layout.TILED(Tiling(((8, width), (2, width), (width // 16,))), (-5,), (-3, -2), -1)
 
 
@@ -52,3 +55,16 @@ def divide(x: jax.Array, y: jax.Array, layout, interpret: bool) -> jax.Array:
         return x._pointwise(FragmentedArray._lift_fast_instr("div.rn.f32"), y)
 
     return quotient(x, y)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own
+
+
+def take_ticket(counter, to) -> None:
+    """to[0] = counter[0]++ by one thread: global memory to shared memory, both int32."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def take(_, counter, to):
+        i32, first = ir.IntegerType.get_signless(32), arith.constant(ir.IndexType.get(), 0)
+        with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
+            where, one = utils.memref_ptr(counter), arith.constant(i32, 1)
+            memref.store(llvm.atomicrmw(llvm.AtomicBinOp.add, where, one, llvm.AtomicOrdering.monotonic), to, [first])
+
+    take(counter, to)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own

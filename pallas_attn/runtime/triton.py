@@ -136,6 +136,21 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def cache_constants(p: Any) -> dict[str, Any]:
+    """What `triton_places` wants to know of the cache of a problem: sizes, and where (page, head, slot, dim) of keys
+    and values lies, in elements of its buffer."""
+    constants: dict[str, Any] = {"K": p.kv_heads, "N": p.pages, "S": p.page_size, "HEAD_MAJOR": p.layout.head_major}
+    for side, dim, buffer in (("K", p.head_dim, p.layout.buffers[0]), ("V", p.v_head_dim, p.layout.buffers[-1])):
+        sizes = p.layout.sizes(p.pages, p.page_size, p.kv_heads, dim, p.format.dtype.itemsize)
+        step, slow = buffer.strides(sizes), "D1" if side == "K" else "S1"
+        constants |= {
+            f"{side}D": dim, f"{side}DP": power_of_two(dim), f"{side}_PAGE": step["N"], f"{side}_HEAD": step["K"],
+            f"{side}_SLOT": step.get("S", 0), f"{side}_DIM": step.get("D", 0),
+            f"{side}_BLOCK": sizes["D0"] if p.layout.blocked else 0, f"{side}_BLOCKS": step.get(slow, 0),
+        }  # fmt: skip
+    return constants | {"V_BASE": step.get("P", 0)}
+
+
 def check(launch: Launch, inputs: Sequence[Shape]) -> None:
     """Refuse a launch that cannot be right."""
     name = f"triton_op({launch.name})"

@@ -9,10 +9,13 @@ from pallas_attn.ops.gather_kv.cases import support_cases
 from pallas_attn.ops.gather_kv.problem import Gathered, outputs, prepare
 from pallas_attn.runtime.dispatch import Backend, Op, register
 from pallas_attn.runtime.op import apply
+from pallas_attn.runtime.triton import ARCHS as TRITON_ARCHS
+from pallas_attn.runtime.triton import NEEDS
 
 _HERE = "pallas_attn.ops.gather_kv"
 BACKENDS = (
     Backend("mosaic", f"{_HERE}.mosaic", ("cuda",), (Arch.HOPPER,)),
+    Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="launches for the offsets, then one"),
     Backend("xla", f"{_HERE}.xla", cost="a gather for each side and launches for the offsets"),
     Backend("reference", f"{_HERE}.reference", cost="a copy of the whole cache"),
 )

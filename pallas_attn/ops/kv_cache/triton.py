@@ -10,7 +10,7 @@ from jax import lax
 
 from pallas_attn.core.formats import E4M3, E5M2, INT8
 from pallas_attn.ops.kv_cache.problem import Args, Problem
-from pallas_attn.runtime.triton import Shape, arch, power_of_two, triton_op
+from pallas_attn.runtime.triton import Shape, arch, cache_constants, power_of_two, triton_op
 
 GRANULARITIES = {"none": 0, "tensor": 1, "head": 2, "token_head": 4}
 KINDS = {E4M3: 1, E5M2: 2}  # as `runtime.triton_numbers` counts
@@ -45,29 +45,13 @@ def run(p: Problem, *arrays):
     written = [buffers[0], nothing if p.layout.single else buffers[1], *(scales if per_token else [nothing, nothing])]
     op = triton_op(
         "pallas_attn.ops.kv_cache.triton_kernels:write", out=[Shape(x.shape, x.dtype) for x in written],
-        grid=-(-total // rows), constants=_sizes(p) | _rule(p) | {"ROWS": rows},
+        grid=-(-total // rows),
+        constants=cache_constants(p) | _rule(p) | {"T": p.tokens, "ROWS": rows, "SINGLE": p.layout.single},
         aliases={5 + i: i for i, x in enumerate(written) if x is not nothing}, num_warps=4 if rows * dim > 1024 else 1,
     )  # fmt: skip
     out = op(k, v, slots.astype(jnp.int32), *given, *written)
     buffers = tuple(lax.bitcast_convert_type(x, p.format.dtype) if bytes_only else x for x in out[: len(cache.buffers)])
     return jax.tree.leaves(cache.replace(buffers, out[2:] if per_token else None))  # type: ignore[arg-type]
-
-
-def _sizes(p: Problem) -> dict[str, Any]:
-    """Sizes, and where (page, head, slot, dim) of keys and values lies, in elements of its buffer."""
-    constants: dict[str, Any] = {
-        "T": p.tokens, "K": p.kv_heads, "N": p.pages, "S": p.page_size, "SINGLE": p.layout.single,
-        "HEAD_MAJOR": p.layout.head_major,
-    }  # fmt: skip
-    for side, dim, buffer in (("K", p.head_dim, p.layout.buffers[0]), ("V", p.v_head_dim, p.layout.buffers[-1])):
-        sizes = p.layout.sizes(p.pages, p.page_size, p.kv_heads, dim, p.format.dtype.itemsize)
-        step, slow = buffer.strides(sizes), "D1" if side == "K" else "S1"
-        constants |= {
-            f"{side}D": dim, f"{side}DP": power_of_two(dim), f"{side}_PAGE": step["N"], f"{side}_HEAD": step["K"],
-            f"{side}_SLOT": step.get("S", 0), f"{side}_DIM": step.get("D", 0),
-            f"{side}_BLOCK": sizes["D0"] if p.layout.blocked else 0, f"{side}_BLOCKS": step.get(slow, 0),
-        }  # fmt: skip
-    return constants | {"V_BASE": step.get("P", 0)}
 
 
 def _rule(p: Problem) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from pallas_attn.runtime.triton_numbers import as_bytes, to_code
+from pallas_attn.runtime.triton_places import places, scale_place
 
 
 @triton.jit
@@ -34,16 +35,13 @@ def write_side(
     d = tl.arange(0, DP)
     mask = ok[:, None] & (d < D)[None, :]
     numbers = tl.load(x + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    slot = at * SLOT if BLOCK == 0 or not BY_SLOT else (at // BLOCK) * BLOCKS + at % BLOCK
-    dim = d * DIM if BLOCK == 0 or BY_SLOT else (d // BLOCK) * BLOCKS + d % BLOCK
-    where = (page * PAGE + slot + head * HEAD + BASE)[:, None] + dim[None, :]
+    where = places(page, at, head, d, PAGE, HEAD, SLOT, DIM, BLOCK, BLOCKS, BY_SLOT, BASE)
     if GRANULARITY == 0:
         tl.store(buffer + where, numbers.to(buffer.dtype.element_ty), mask=mask)
     else:
         if GRANULARITY == 4:
             scale = found_scale(numbers, AMAX_FLOOR, SCALE_FLOOR, BY, HIGH, UE8M0)
-            place = page * (S * K) + (head * S + at if HEAD_MAJOR else at * K + head)
-            tl.store(scales + place, scale, mask=ok)
+            tl.store(scales + scale_place(page, at, head, K, S, HEAD_MAJOR), scale, mask=ok)
         elif GRANULARITY == 2:
             scale = tl.load(given + head, mask=ok, other=1.0)
         else:

@@ -17,7 +17,7 @@ from pallas_attn.runtime.triton import NEEDS
 
 _HERE = "pallas_attn.ops.paged_attention"
 BACKENDS = (
-    Backend("mosaic", f"{_HERE}.mosaic_decode", ("cuda",), (Arch.HOPPER,)),
+    Backend("mosaic", f"{_HERE}.mosaic", ("cuda",), (Arch.HOPPER,)),
     Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="a tenth slower than Mosaic"),
     Backend("xla", f"{_HERE}.xla", cost="no tensor cores for FP8, several kernels a block"),
     Backend("reference", f"{_HERE}.reference", cost="memory tokens x context"),

@@ -31,17 +31,18 @@ from pallas_attn.runtime.mosaic import SMS, swizzled
 
 CAN = {"non-causal", "per-sequence causal", "window", "soft cap", "sinks", "FP8 output", "LSE"}
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernels on a CPU
+MOST_TOKENS = 8  # of a sequence
 MOST_SEQS = 8192
 
 
 def supports(p: Problem) -> str | None:
     """None, or what of the problem this kernel cannot do."""
-    tokens, size = p.max_q_len or 9, p.kv_format.dtype.itemsize
+    tokens, size = p.max_q_len or MOST_TOKENS + 1, p.kv_format.dtype.itemsize
     windowed = {"window", "non-causal"} <= set(p.options) or {"window", "per-sequence causal"} <= set(p.options)
     part = part_of(p)
     narrow = p.head_dim * min(p.q_format.dtype.itemsize, p.out_dtype.itemsize) * part % 128
     refusals = {
-        "it needs batch.max_q_len <= 8": tokens > 8,
+        f"it needs batch.max_q_len <= {MOST_TOKENS}": tokens > MOST_TOKENS,
         f"no {', '.join(sorted(set(p.options) - CAN))}": bool(set(p.options) - CAN),
         f"no non-causal window for {tokens} query tokens": windowed and tokens > 1,
         f"no {p.kv_format} cache": p.kv_format.dtype not in (*FP8, INT8, jnp.bfloat16, jnp.float16),
@@ -59,20 +60,22 @@ def supports(p: Problem) -> str | None:
     return next((reason for reason, refused in refusals.items() if refused), None)
 
 
-def run(p: Problem, *arrays, config: Config | None = None):
-    """(out [T, H, DV], lse [T, H] if asked)."""
+def run(p: Problem, *arrays, config: Config | None = None, into: tuple[jax.Array, ...] | None = None):
+    """(out [T, H, DV], lse [T, H] if asked). In a mixed step, sequences of at most max_q_len query tokens are written
+    `into` the results of the others."""
     args = Args(*arrays)
     config = config or choose(p)
     form = form_of(p, config)
     workers = max(SMS * config.ctas // form.columns, 1)
-    inputs = _inputs(p, args, form)
+    inputs = _inputs(p, args, form, mixed=into is not None)
     partial, stats, before = partials(p, form, config, workers, inputs)
     inputs = inputs._replace(before=before)
     sinks, v_scale = args.sinks, _stored_scale(args, 1)
-    return mosaic_merge.merge(p, form, workers, inputs, partial, stats, sinks, v_scale, args.out_scale, INTERPRET)
+    merge = mosaic_merge.merge
+    return merge(p, form, workers, inputs, partial, stats, sinks, v_scale, args.out_scale, into, INTERPRET)
 
 
-def _inputs(p: Problem, args: Args, form: Form) -> Inputs:
+def _inputs(p: Problem, args: Args, form: Form, mixed: bool) -> Inputs:
     batch, window = args.batch, args.mask.window
     nothing = jnp.zeros(1)
     per_token = p.kv_format.granularity == "token_head"
@@ -86,20 +89,20 @@ def _inputs(p: Problem, args: Args, form: Form) -> Inputs:
     return Inputs(
         q.reshape(*shape, p.head_dim), _flat(p, args.cache.buffers), i32(batch.page_table), i32(batch.kv_lens),
         i32(batch.cu_q_lens), one(i32(p.seqs if batch.num_seqs is None else batch.num_seqs)),
-        _before(batch, window), one(args.scale), q_scale, _stored_scale(args, 0),
+        _before(p, batch, window, mixed), one(args.scale), q_scale, _stored_scale(args, 0),
         _stored_scale(args, 1) if per_token else nothing,
         nothing if args.soft_cap is None else one(args.soft_cap), one(i32(0 if window is None else window)),
         nothing if isinstance(causal, bool) or p.max_q_len == 1 else i32(causal),
     )  # fmt: skip
 
 
-def _before(batch: RaggedBatch, window) -> Any:
-    """The schedule's tiles. Where the batch has none for this window: None, so that the workers count them, or for many
-    sequences, which would take them longer, XLA's."""
-    plan = batch.schedule
+def _before(p: Problem, batch: RaggedBatch, window, mixed: bool) -> Any:
+    """The schedule's tiles. Where the batch has none for this window, or counts others' rows in a mixed step: None, so
+    that the workers count them, or for many sequences, which would take them longer, XLA's."""
+    plan = None if mixed else batch.schedule
     if plan is not None and (window is None or isinstance(window, int)) and plan.window == window:
         return plan.before
-    return None if batch.kv_lens.shape[0] <= MOST_COUNTED else batch.tiles_before(window)
+    return None if p.seqs <= MOST_COUNTED else batch.tiles_before(window, p.max_q_len)
 
 
 def _stored_scale(args: Args, side: int) -> jax.Array:

@@ -20,12 +20,12 @@ REGISTERS = 160  # of each thread for values that are on their way
 
 
 def merge(
-    p: Problem, form: Form, workers: int, x, partial, stats, sinks, v_scale, out_scale, interpret
+    p: Problem, form: Form, workers: int, x, partial, stats, sinks, v_scale, out_scale, into, interpret
 ) -> tuple[Array, ...]:
     """(out [T, H, D], lse [T, H] if asked) from what the workers left.
 
     A CTA takes one block of query rows of a sequence, or a band of its head dims where there are few; the sequences
-    also share the tokens that belong to none, which come out as zeros.
+    also share the tokens that belong to none, which come out as zeros; not so if there are results to write `into`.
     """
     columns, rows, depth = partial.shape[1:]
     heads = p.kv_heads * form.parts
@@ -52,18 +52,19 @@ def merge(
 
     def combine(*refs):
         ins, outs, tiles = refs[: len(arrays)], refs[len(arrays) : -2], refs[-2:]
-        _merge(p, form, workers, band, together, given, rank, ins, outs, tiles, interpret)
+        _merge(p, form, workers, band, together, given, rank, ins, outs, tiles, into is None, interpret)
 
     kernel = plgpu.kernel(
-        combine, out_type=tuple(out), grid=(p.seqs, columns, depth // band), grid_names=("seq", "column", "band"),
-        scratch_types=scratch, interpret=interpret,
+        combine, out_type=tuple(out) if into is None else (), grid=(p.seqs, columns, depth // band),
+        grid_names=("seq", "column", "band"), scratch_types=scratch, interpret=interpret,
     )  # fmt: skip
-    got = kernel(*arrays)
+    memory = [jax.new_ref(x.reshape(o.shape)) for x, o in zip(into or (), out, strict=False)]
+    got = kernel(*arrays, *memory) or [jax.freeze(x) for x in memory]
     shapes = ((p.tokens, p.q_heads, depth), (p.tokens, p.q_heads))
     return tuple(g.reshape(s) for g, s in zip(got, shapes, strict=False))
 
 
-def _merge(p: Problem, form, workers, band, together, given, rank, ins, outs, tiles, interpret) -> None:
+def _merge(p: Problem, form, workers, band, together, given, rank, ins, outs, tiles, alone, interpret) -> None:
     partial, stats, cu_q_lens, kv_lens, live, before, sinks, v_scale, out_scale = ins
     o_tile, row_tile = tiles
     b, column, part = (lax.axis_index(name) for name in ("seq", "column", "band"))
@@ -120,7 +121,7 @@ def _merge(p: Problem, form, workers, band, together, given, rank, ins, outs, ti
     result = acc / spread(some)
     if value_scale is not None:
         result = result * value_scale
-    o_tile[...] = _round(result, p.out_format, p.out_dtype, rounding_scale)
+    o_tile[...] = round_to(result, p.out_format, p.out_dtype, rounding_scale)
     row_tile[1] = jnp.where(total > 0, (top + jnp.log2(some)) / jnp.float32(LOG2E), -jnp.inf)
     plgpu.commit_smem()
     first = block * form.span
@@ -134,11 +135,13 @@ def _merge(p: Problem, form, workers, band, together, given, rank, ins, outs, ti
     if p.return_lse:
         pl.when(part == 0)(lambda: _write_lse(p, form, seq, unit, first, row_tile, outs[1]))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    if not alone:
+        return
     end = jnp.clip(cu_q_lens[jnp.clip(live[0], 0, p.seqs)], 0, p.tokens) + b
     pl.when((block == 0) & (end < p.tokens))(lambda: _clear(p, form, end, unit, at, part, o_tile, layout, outs))
 
 
-def _round(x, format: Format | None, dtype, scale):
+def round_to(x, format: Format | None, dtype, scale):
     """The one rounding of the result, as `stored.finish` has it."""
     if format is None:
         return x.astype(dtype)

@@ -1,8 +1,8 @@
 """Paged prefill on Hopper: any number of query tokens per sequence against pages of any format.
 
-A CTA takes a block of query tokens of one sequence, with all heads of a group as rows: two warpgroups of 64 rows each.
-A third brings tiles of keys and values by TMA and widens what the matrix unit cannot take as it is, while the two
-compute:
+A CTA takes blocks of query tokens of one sequence, with all heads of a group as rows, one block after the other until
+there are none left. Two of its warpgroups compute 64 rows each, a third widens what the matrix unit cannot take as it
+is, the fourth loads tiles of keys and values by TMA, those of the next block while the last one's result leaves:
 
     S = Q K^T                 FP8 x FP8; a wider query is the sum of two FP8 terms, which costs what f16 would
     P = exp2(S - max)         float32, then f16, in registers
@@ -18,16 +18,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.formats import INT8
 from pallas_attn.core.quantized import Quantized
-from pallas_attn.ops.paged_attention import mosaic_prefill_block
+from pallas_attn.ops.paged_attention import mosaic_prefill_compute
 from pallas_attn.ops.paged_attention.mosaic_config import FP8
-from pallas_attn.ops.paged_attention.mosaic_prefill_block import WARPGROUPS, Block, Form, Inputs
+from pallas_attn.ops.paged_attention.mosaic_prefill_compute import Computer
+from pallas_attn.ops.paged_attention.mosaic_prefill_crew import CELLS, Loader, Preparer
+from pallas_attn.ops.paged_attention.mosaic_prefill_plan import WARPGROUPS, Form, Inputs
 from pallas_attn.ops.paged_attention.problem import Args, Problem
-from pallas_attn.runtime.mosaic import ROWS, SHARED, swizzled
+from pallas_attn.runtime.mosaic import ROWS, SHARED, SMS, swizzled
 
+DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))  # of keys and of values
 CAN = {"non-causal", "per-sequence causal", "window", "soft cap", "sinks", "FP8 output", "LSE"}
 
 
@@ -36,12 +41,14 @@ class Config:
     """What a tuner may choose.
 
     tile: tokens of a step. keys, values, wide: tiles in flight of keys, of values, and of what is widened.
+    ahead: whether the next block's query may come before the last one's result has left.
     """
 
     tile: int = 128
     keys: int = 3
     values: int = 2
     wide: int = 2
+    ahead: bool = True
 
 
 def supports(p: Problem) -> str | None:
@@ -52,61 +59,81 @@ def supports(p: Problem) -> str | None:
         f"no {p.kv_format} cache": p.kv_format.dtype not in (*FP8, INT8, jnp.bfloat16, jnp.float16),
         f"no {p.layout} layout": p.layout.blocked,
         f"no page size {p.page_size}": p.page_size not in (16, 32, 64, 128, 256),
-        f"no head dim {p.head_dim}, {p.v_head_dim}": p.head_dim not in (64, 128, 256) or p.v_head_dim != p.head_dim,
+        f"no head dim {p.head_dim}, {p.v_head_dim}": (p.head_dim, p.v_head_dim) not in DIMS,
+        f"no head dim {p.head_dim}, {p.v_head_dim} in {p.layout}": p.layout.single and p.head_dim != p.v_head_dim,
         f"no {p.q_format} query": p.q_format.quantized and p.q_format.dtype not in FP8,
         f"no {p.head_dim} head dims of {size} bytes": p.head_dim * size > 512,
+        f"no FP8 rows of {p.head_dim} for an odd group of {p.group}": not part_of(p),
         "an empty call": not p.tokens or not p.seqs,
     }
-    return next((reason for reason, refused in refusals.items() if refused), None)
+    reason = next((reason for reason, refused in refusals.items() if refused), None)
+    if reason is None and shared_bytes(p, choose(p)) > SHARED:
+        return f"no head dim {p.head_dim} with a {p.q_format} query, {p.kv_format} cache and {p.out_dtype} result"
+    return reason
 
 
 def choose(p: Problem) -> Config:
-    """The configuration for a problem."""
-    tile = 64 if p.head_dim == 256 or p.kv_format.dtype == INT8 else 128
-    choices = [Config(tile, *rest) for rest in ((3, 2, 2), (2, 2, 2), (2, 1, 2), (2, 1, 1))]
+    """The configuration for a problem: the first of these that fits the shared memory."""
+    tile = 64 if p.head_dim > 128 or p.kv_format.dtype == INT8 else 128
+    rings = ((3, 2, 2, True), (3, 2, 2, False), (2, 2, 2, False), (2, 1, 2, False), (2, 1, 1, False), (1, 1, 1, False))
+    choices = [Config(tile, *ring) for ring in rings]
     return next((c for c in choices if shared_bytes(p, c) <= SHARED), choices[-1])
 
 
-def form_of(p: Problem, config: Config) -> Form:
+def part_of(p: Problem) -> int:
+    """Heads of one block: the most that divide the group evenly and whose rows of a token begin at multiples of 128
+    bytes, as copies want it; queries of one head come in one copy. None would be 0."""
+    result, query = p.v_head_dim * p.out_dtype.itemsize, p.head_dim * p.q_format.dtype.itemsize
+    fits = lambda part: part * result % 128 == 0 and (part == 1 or part * query % 128 == 0)  # noqa: E731
+    parts = (d for d in range(1, min(p.group, ROWS) + 1) if p.group % d == 0)
+    return max(filter(fits, parts), default=0)
+
+
+def form_of(p: Problem, config: Config, few: int = 0) -> Form:
     """The static shape of the kernel for one problem."""
-    part = max(d for d in range(1, min(p.group, ROWS) + 1) if p.group % d == 0)
-    stored = p.kv_format.dtype
+    part = part_of(p)
+    stored, span = p.kv_format.dtype, ROWS // part
     wide = jnp.float16 if stored.itemsize == 1 else stored
     operand = jnp.float16 if stored == INT8 else stored
     if stored in FP8:
         operand = p.q_format.dtype if p.q_format.quantized else jnp.float8_e4m3fn
     # bf16 has 8 bits, f16 11 and float32 24; two terms of FP8 8, of bf16 16, of f16 22.
     exact = p.q_format.quantized or jnp.finfo(operand).nmant >= jnp.finfo(p.q_format.dtype).nmant
+    blocks = p.tokens // (WARPGROUPS * span) + p.seqs + 1
     return Form(
-        config.tile, part, p.group // part, ROWS // part, 1 if exact else 2, jnp.dtype(operand), jnp.dtype(wide),
-        config.keys, config.values, config.wide,
+        config.tile, part, p.group // part, span, 1 if exact else 2, jnp.dtype(operand), jnp.dtype(wide),
+        config.keys, config.values, config.wide, config.ahead, few, blocks,
     )  # fmt: skip
 
 
-def run(p: Problem, *arrays, config: Config | None = None):
-    """(out [T, H, DV], lse [T, H] if asked)."""
+def run(p: Problem, *arrays, config: Config | None = None, few: int = 0, dynamic: bool = True):
+    """(out [T, H, DV], lse [T, H] if asked); rows of sequences with at most `few` query tokens hold anything."""
     args = Args(*arrays)
-    config = config or choose(p)
-    form = form_of(p, config)
-    units = p.kv_heads * form.parts
-    # Sequence b has the blocks from floor(first token / tokens of a block) + b on: enough of them, found by a search.
-    blocks = p.tokens // (WARPGROUPS * form.span) + p.seqs + 1
-    inputs = inputs_of(p, form, args)
-    leaves, tree = jax.tree.flatten(inputs)
+    form = form_of(p, config or choose(p), few)
+    leaves, tree = jax.tree.flatten(inputs_of(p, form, args))
+    units, workers = p.kv_heads * form.parts, min(SMS, form.cells(p))
     out = [jax.ShapeDtypeStruct((p.tokens, units, form.part, p.v_head_dim), p.out_dtype)]
     if p.return_lse:
         out.append(jax.ShapeDtypeStruct((p.tokens, units, form.part), jnp.float32))
+    # Blocks are as long as what they see: a CTA takes the next one when it is done. Few need no counter.
+    dynamic = dynamic and form.cells(p) > workers and mosaic_prefill_compute.INTERPRET is None
+    counter = [jax.new_ref(jnp.zeros(1, jnp.int32))] if dynamic else []
 
     def prefill(*refs, **scratch):
-        ins = jax.tree.unflatten(tree, refs[: len(leaves)])
-        Block(p, form, blocks, ins, refs[len(leaves) :], **scratch).run()
+        ins, rest = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
+        taken, outs = (rest[0], rest[1:]) if dynamic else (None, rest)
+        crew = (p, form, workers, ins, taken, outs)
+        role = lax.axis_index("warpgroup")
+        pl.when(role < WARPGROUPS)(lambda: Computer(*crew, **scratch).run(role))
+        pl.when(role == WARPGROUPS)(lambda: Preparer(*crew, **scratch).run())
+        pl.when(role == WARPGROUPS + 1)(lambda: Loader(*crew, **scratch).run())
 
     kernel = plgpu.kernel(
-        prefill, out_type=tuple(out), grid=(blocks * units,), grid_names=("cell",), scratch_types=scratch_of(p, form),
-        num_threads=WARPGROUPS + 1, thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True), interpret=mosaic_prefill_block.INTERPRET,
+        prefill, out_type=tuple(out), grid=(workers,), grid_names=("worker",), scratch_types=scratch_of(p, form),
+        num_threads=WARPGROUPS + 2, thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True), interpret=mosaic_prefill_compute.INTERPRET,
     )  # fmt: skip
-    got = kernel(*leaves)
+    got = kernel(*leaves, *counter)
     shapes = ((p.tokens, p.q_heads, p.v_head_dim), (p.tokens, p.q_heads))
     return tuple(g.reshape(s) for g, s in zip(got, shapes, strict=False))
 
@@ -137,61 +164,74 @@ def inputs_of(p: Problem, form: Form, args: Args) -> Inputs:
 
 def scratch_of(p: Problem, form: Form) -> dict[str, Any]:
     """Shared memory and barriers of a CTA."""
-    stored, depth, tile = p.kv_format.dtype, p.head_dim, form.tile
-    # The query as it comes, as the matrix unit takes it, and the result are never alive together in a warpgroup. Each
-    # fills as many bytes of its own, so that no warpgroup reaches into the other's. Results of 4 bytes leave in halves.
-    out_depth = min(depth, 2 * depth // p.out_dtype.itemsize)
-    widths = (
-        depth * p.q_format.dtype.itemsize,
-        form.terms * depth * form.operand.itemsize,
-        out_depth * p.out_dtype.itemsize,
-    )
-    rows = [ROWS * max(widths) // w for w in widths]
-    of_query = [
-        plgpu.SMEM((WARPGROUPS, rows[0], depth), p.q_format.dtype),
-        plgpu.SMEM((WARPGROUPS, rows[1] * form.terms, depth), form.operand, transforms=swizzled(form.operand, depth)),
-        plgpu.SMEM((WARPGROUPS, rows[2], out_depth), p.out_dtype),
-    ]
+    stored, tile, barrier = p.kv_format.dtype, form.tile, plgpu.Barrier
+
+    def tiles(slots: int, dim: int, dtype) -> Any:
+        return plgpu.SMEM((slots, tile, dim), dtype, transforms=swizzled(dtype, dim))
+
     pages = max(tile // p.page_size, 1)
-    barrier = plgpu.Barrier
-    scratch: dict[str, Any] = {
-        "of_query": plgpu.RefUnion(*of_query),
+    scratch = _of_query(p, form) | {
         "row_values": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-        "k_ring": plgpu.SMEM((form.keys, tile, depth), stored, transforms=swizzled(stored, depth)),
-        "v_ring": plgpu.SMEM((form.values, tile, depth), stored, transforms=swizzled(stored, depth)),
+        "k_ring": tiles(form.keys, p.head_dim, stored),
+        "v_ring": tiles(form.values, p.v_head_dim, stored),
+        "cells": plgpu.SMEM((CELLS,), jnp.int32),
+        "ticket": plgpu.SMEM((1,), jnp.int32),
+        "cell_here": barrier(num_barriers=CELLS),
+        "cell_used": barrier(num_arrivals=WARPGROUPS + 1, num_barriers=CELLS),
         "q_here": barrier(num_arrivals=1 if form.part == 1 else form.span, num_barriers=WARPGROUPS),
+        "q_used": barrier(num_barriers=WARPGROUPS),
         "k_here": barrier(num_arrivals=pages, num_barriers=form.keys),
-        "v_here": barrier(num_arrivals=pages, num_barriers=form.values),
         "k_used": barrier(num_arrivals=WARPGROUPS, num_barriers=form.keys),
+        "v_here": barrier(num_arrivals=pages, num_barriers=form.values),
         "v_ready": barrier(num_barriers=form.value_slots(p)),
         "v_used": barrier(num_arrivals=WARPGROUPS, num_barriers=form.value_slots(p)),
     }
     if stored.itemsize == 1:
-        scratch["v_wide"] = plgpu.SMEM(
-            (form.wide, tile, depth), form.wide_type, transforms=swizzled(form.wide_type, depth)
-        )
+        scratch |= {
+            "v_wide": tiles(form.wide, p.v_head_dim, form.wide_type),
+            "v_free": barrier(num_barriers=form.values),
+        }
     if form.relays_keys(p):
         scratch["k_ready"] = barrier(num_barriers=form.keys)
     if stored == INT8:
-        scratch["k_wide"] = plgpu.SMEM((form.keys, tile, depth), form.operand, transforms=swizzled(form.operand, depth))
+        scratch["k_wide"] = tiles(form.keys, p.head_dim, form.operand)
     if p.kv_format.granularity == "token_head":
-        scratch["k_scales"] = plgpu.SMEM((form.keys, tile), jnp.float32)
-        scratch["v_scales"] = plgpu.SMEM((form.keys, tile), jnp.float32)
-    if mosaic_prefill_block.INTERPRET is not None:
-        scratch["stand_ins"] = [plgpu.SMEM((WARPGROUPS, ROWS, n), jnp.float32) for n in (tile, depth)]
+        scratch |= {name: plgpu.SMEM((form.keys, tile), jnp.float32) for name in ("k_scales", "v_scales")}
+    if mosaic_prefill_compute.INTERPRET is not None:
+        scratch["stand_ins"] = [plgpu.SMEM((WARPGROUPS, ROWS, n), jnp.float32) for n in (tile, p.v_head_dim)]
+    return scratch
+
+
+def _of_query(p: Problem, form: Form) -> dict[str, Any]:
+    """The query as it comes, as the matrix unit takes it, and the result. The last two, or all if no query comes ahead,
+    are never alive together in a warpgroup and share its memory. Each fills as many bytes of it, so that no warpgroup
+    reaches into the other's. Results of 4 bytes leave in halves."""
+    depth = p.head_dim
+    out_depth = min(p.v_head_dim, 2 * p.v_head_dim // p.out_dtype.itemsize)
+    widths = [form.terms * depth * form.operand.itemsize, out_depth * p.out_dtype.itemsize]
+    if not form.ahead:
+        widths.append(depth * p.q_format.dtype.itemsize)
+    q, out, *raw = (ROWS * max(widths) // w for w in widths)
+    memory: list[Any] = [plgpu.SMEM((WARPGROUPS, rows, depth), p.q_format.dtype) for rows in raw]
+    memory.append(
+        plgpu.SMEM((WARPGROUPS, q * form.terms, depth), form.operand, transforms=swizzled(form.operand, depth))
+    )
+    memory.append(plgpu.SMEM((WARPGROUPS, out, out_depth), p.out_dtype))
+    scratch: dict[str, Any] = {"of_query": plgpu.RefUnion(*memory)}
+    if form.ahead:
+        scratch["raw_q"] = plgpu.SMEM((WARPGROUPS, ROWS, depth), p.q_format.dtype)
     return scratch
 
 
 def shared_bytes(p: Problem, config: Config) -> int:
-    """Shared memory that one CTA takes."""
+    """Shared memory that one CTA takes: every array begins at a multiple of 1024."""
 
     def size(x) -> int:
         if isinstance(x, plgpu.RefUnion):
             return max(map(size, x.refs))
-        if isinstance(x, list):
+        if isinstance(x, plgpu.Barrier | list):
             return 0
-        return (
-            0 if isinstance(x, plgpu.Barrier) else -(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // 1024) * 1024
-        )
+        return -(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // 1024) * 1024
 
-    return sum(map(size, scratch_of(p, form_of(p, config)).values())) + 4096
+    barriers, driver = 1024, 1024
+    return sum(map(size, scratch_of(p, form_of(p, config)).values())) + barriers + driver

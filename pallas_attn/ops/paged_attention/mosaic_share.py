@@ -32,7 +32,8 @@ def find(before, first, last):
 def tiles(p: Problem, x, b, kv_lens, q_lens):
     """Tiles of sequence b, or of a vector of sequences, from its lengths as the batch has them."""
     window = x.window[0] if "window" in p.options else None
-    return jnp.where(b < x.live[0], tiles_of(kv_lens, q_lens, p.pages_per_seq, window), 0)
+    own = (b < x.live[0]) & (q_lens <= (p.max_q_len or 1))
+    return jnp.where(own, tiles_of(kv_lens, q_lens, p.pages_per_seq, window), 0)
 
 
 def tally(p: Problem, x, scratch):

@@ -62,10 +62,11 @@ class Sequence(NamedTuple):
 
     @classmethod
     def read(cls, p: Problem, x: Inputs, b) -> "Sequence":
-        """Sequence b; padding has no query tokens."""
+        """Sequence b; padding has no query tokens, nor has one that is too long: in a mixed step it is prefill's."""
         start = jnp.clip(x.cu_q_lens[b], 0, p.tokens)
         end = jnp.clip(x.cu_q_lens[b + 1], 0, p.tokens)
-        q_len = jnp.where(b < x.live[0], jnp.clip(end - start, 0, p.max_q_len or 1), 0)
+        own = (b < x.live[0]) & (end - start <= (p.max_q_len or 1))
+        q_len = jnp.where(own, jnp.maximum(end - start, 0), 0)
         return cls(jnp.clip(x.kv_lens[b], 0, p.pages_per_seq * p.page_size), start, q_len)
 
 
@@ -218,7 +219,7 @@ class Worker:
             row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
             x = jnp.where(row < form.part * form.span, x, jnp.zeros((), x.dtype))
         if p.q_format.quantized:
-            self.q_tile[h] = x.astype(form.operand) if form.operand != jnp.bfloat16 else _via_f32(x, form.operand)
+            self.q_tile[h] = x.astype(form.operand) if form.operand != jnp.bfloat16 else via_f32(x, form.operand)
             return self.given_factor(s, h)
         # Rows are scaled by a power of two, which is exact, to at least half of what FP8 holds.
         top = jnp.max(jnp.abs(x), axis=1)
@@ -465,6 +466,6 @@ class Worker:
         return pl.run_scoped(multiply, ACC((self.p.head_dim, self.form.rows), jnp.float32))
 
 
-def _via_f32(x, dtype):
+def via_f32(x, dtype):
     """No unit converts FP8 to bf16 directly."""
     return x.astype(jnp.float32).astype(dtype)
