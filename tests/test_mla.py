@@ -254,6 +254,26 @@ def test_bits_of_the_float32_result_quantised(name, up, backend, rng):
         np.testing.assert_array_equal(*(np.asarray(x)[6:10] if x.ndim else np.asarray(x) for x in rows), strict=True)
 
 
+@pytest.mark.parametrize("topk", [False, True], ids=["", "topk"])
+@pytest.mark.parametrize("up", [False, True], ids=["latent", "up-projected"])
+def test_fusion(up, topk, rng):
+    """`fuse` finds the quantisation of what a model computes from the latents, in float32 the same but for ties."""
+    problem = make(rng, "FP8_DS_MLA", q_lens=(1, 3), kv_lens=(9, 33))
+    w_uv, format = jnp.asarray(rng.standard_normal((3, 512, 128)) / 20, F32), pa.e4m3_group(128, order="column")
+
+    def layer(arguments, w_uv, topk):
+        out, lse = attend(*arguments, topk=topk)
+        out = jnp.einsum("thc,hcv->thv", out, w_uv) if up else out
+        return pa.quantize(out.reshape(out.shape[0], -1), format), lse
+
+    given = problem.arguments(), w_uv, listed(rng, problem)[0] if topk else None
+    assert [f.op for f in pa.fusion.report(layer, *given).hits] == ["mla_attention"]
+    (got, lse), (want, want_lse) = jit(pa.fuse(layer))(*given), jit(layer)(*given)
+    np.testing.assert_array_equal(np.asarray(lse), np.asarray(want_lse))
+    np.testing.assert_allclose(np.asarray(got.scale), np.asarray(want.scale), rtol=1e-5)
+    assert np.mean(np.asarray(got.values) != np.asarray(want.values)) < 1e-3
+
+
 # ---------------------------------------------------------------- upstream
 
 DECODES = [n for n in goldens.names("mla") if n.endswith(("kvfp8", "dense_bf16", "dense_fp8", "flashinfer_mla"))]

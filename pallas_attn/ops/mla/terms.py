@@ -18,8 +18,8 @@ def queries(args: Args, real: Array) -> Array:
 
 
 class Tokens(NamedTuple):
-    """Some query tokens, each field [n]: which rows of the step they are, their sequences and positions, how many keys there
-    are at most for each, and whether it is real."""
+    """Some query tokens, each field [n]: which rows of the step they are, their sequences, how many keys there are at
+    most for each, and whether it is real."""
 
     row: Array
     seq: Array
