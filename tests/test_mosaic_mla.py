@@ -37,10 +37,8 @@ def abstract(format="BF16", heads=128, tokens=1, page_size=64, q_format=None, se
     """Arguments of shapes only, and the options."""
     batch = pa.RaggedBatch(S((seqs, 8), jnp.int32), S((seqs,), jnp.int32), S((seqs + 1,), jnp.int32), None, tokens)
     cache, name = abstract_latent_cache(getattr(pa, format), pages=40, page_size=page_size), quantised(format, q_format)
-    every, shape = (
-        seqs * (tokens or 1) + 3,
-        {"E4M3_HEAD": (heads,), "E4M3_TOKEN_HEAD": (seqs * (tokens or 1) + 3, heads)},
-    )
+    every = seqs * (tokens or 1) + 3
+    shape = {"E4M3_HEAD": (heads,), "E4M3_TOKEN_HEAD": (every, heads)}.get(name or "", ())
 
     def query(dim):
         dtype = {"F16": jnp.float16}.get(format, jnp.bfloat16)
@@ -56,20 +54,22 @@ def lowered(*cell, **keywords):
     """The module for a GPU that is not there: layouts, transforms and shared memory are checked."""
     arguments, options = abstract(*cell, **keywords)
 
-    def step(*arguments):
+    def step(topk, *arguments):
         *others, batch = arguments
-        p, args = prepare(*others, batch.with_schedule(), **options)
+        p, args = prepare(*others, batch.with_schedule(), topk=topk, **options)
         assert mosaic.supports(p) is None
         return mosaic.run(p, *args)
 
-    return jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return jax.jit(step).trace(options.pop("topk", None), *arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 LOWERED = {
     "bf16": (("BF16", 128, 1, 64), {}),
+    "listed": (("FP8_DS_MLA", 128, 1, 64), {"topk": pa.TopK(S((8, 2048), jnp.int32), slots=True)}),
     "fp8": (("E4M3_TENSOR", 16, 4, 16), {"return_lse": True, "out": pa.e4m3_group(128, order="tma")}),
 }
 MORE_LOWERED = {
+    "positions": (("FP8_DS_MLA", 16, None, 64), {"topk": pa.TopK(S((8, 100), jnp.int32), S((8,), jnp.int32))}),
     "f16": (("F16", 12, 2, 128), {"out": jnp.float32}),
     "static": (("BF16", 1, 1, 32), {"out": (pa.E4M3_STATIC, 0.5)}),
     "groups": (("BF16", 128, 1, 256), {"out": pa.e4m3_group(64, ue8m0=True), "return_lse": True}),
@@ -102,6 +102,12 @@ REFUSED = {
     "nvfp4": ({"out": (pa.NVFP4, 0.1)}, "no NVFP4 output"),
     "packed": ({"out": pa.e4m3_group(128, ue8m0=True, order="tma", packed=True)}, "PACKED output"),
     "up-projection": ({"w_uv": S((128, 512, 128), jnp.bfloat16)}, "no up-projection"),
+    "list": ({"topk": pa.TopK(S((8, 64), jnp.int32))}, "no BF16 cache with a list of keys"),
+    "rows": ({"format": "FP8_DS_MLA"}, "no FP8_DS_MLA cache without a list of keys"),
+    "many tokens": (
+        {"format": "FP8_DS_MLA", "seqs": 9000, "topk": S((9003, 64), jnp.int32)},
+        "no more than 8192 tokens",
+    ),
     "no sequences": ({"seqs": 0}, "an empty call"),
 }
 
@@ -157,6 +163,35 @@ def runner(workers):
     return run
 
 
+def listed(rng, random, keys):
+    """(positions [T, keys], slots [T, keys], lengths [T], the slots that each token sees): -1 and numbers of nothing
+    anywhere, keys that stand twice, one token with none."""
+    tokens, end = len(random.q), random.pages.shape[0] * random.pages.shape[1]
+    positions, slots = (np.full((tokens, keys), 10**6, np.int32) for _ in range(2))
+    lengths, seen = rng.integers(1, keys + 5, tokens).astype(np.int32), [np.zeros(0, int)] * tokens
+    for b in range(random.num_seqs):
+        for token in range(*random.cu_q_lens[b : b + 2]):
+            found = rng.integers(0, max(random.kv_lens[b], 1), keys)
+            real = (rng.random(keys) < (0.7 if token else 0)) & (random.kv_lens[b] > 0)
+            where = random.slots(b, found) if random.kv_lens[b] else found
+            positions[token] = np.where(real, found, rng.choice([-1, -(2**31), 10**6], keys))
+            slots[token] = np.where(real, where, rng.choice([-1, end, 2**31 - 1], keys))
+            seen[token] = where[: lengths[token]][real[: lengths[token]]]
+    return positions, slots, lengths, seen
+
+
+def check_listed(rng, run, heads, keys, by_slot, q_dtype=BF16, q_lens=(2, 1, 0, 1), kv_lens=(150, 100, 0, 3)):
+    random = latents.make(
+        rng, "FP8_DS_MLA", q_lens, kv_lens, heads=heads, page_size=32, q_dtype=q_dtype, spare_seqs=1, spare_tokens=2
+    )
+    positions, slots, lengths, seen = listed(rng, random, keys)
+    topk = pa.TopK(jnp.asarray(slots if by_slot else positions), jnp.asarray(lengths), by_slot)
+    out, lse = run(*random.arguments(), scale=0.05, out=jnp.float32, return_lse=True, topk=topk)
+    want, want_lse = random.expected(0.05, seen)
+    assert np.linalg.norm(out - want) <= 4e-3 * np.linalg.norm(want)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-2)
+
+
 SHORT = {"q_lens": (2, 1, 0, 2), "kv_lens": (130, 64, 0, 1)}
 
 
@@ -171,6 +206,12 @@ def test_interpreted_fp8(rng, monkeypatch):
     monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
     out = pa.e4m3_group(64, ue8m0=True, order="tma")
     check_groups(rng, runner(1), out, "E4M3_TENSOR", 8, 2, 64, "E4M3_TOKEN_HEAD", **SHORT)
+
+
+def test_interpreted_listed(rng, monkeypatch):
+    """Keys that are listed by position, a token in two parts."""
+    monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
+    check_listed(rng, runner(3), 8, 130, by_slot=False)
 
 
 CELLS = [
@@ -220,3 +261,17 @@ def test_a_static_scale_on_a_gpu(rng):
     (codes,) = runner(None)(*random.arguments(max_q_len=1), scale=SCALE, out=(pa.E4M3_STATIC, 0.01))
     want = quantize(jnp.asarray(random.expected(SCALE)[0], jnp.float32), pa.E4M3_STATIC, 0.01).values
     assert np.mean(np.asarray(codes, np.float32) != np.asarray(want, np.float32)) < 0.05
+
+
+MANY = {"q_lens": (1,) * 9, "kv_lens": (5000, 1, 64, 65, 3000, 700, 2, 128, 999)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [None, 1, 7])
+@pytest.mark.parametrize("by_slot", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "keys", "dtype"), [(128, 2048, BF16), (16, 100, F16), (40, 320, BF16), (1, 64, BF16)]
+)
+def test_listed_on_a_gpu(heads, keys, dtype, by_slot, workers, rng):
+    check_listed(rng, runner(workers), heads, keys, by_slot, dtype)
+    check_listed(rng, runner(workers), heads, keys, by_slot, dtype, **MANY)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_attn.core.formats import E4M3
+from pallas_attn.core.formats import BF16, E4M3, F16, FP8_DS_MLA
 from pallas_attn.core.quantized import Quantized
-from pallas_attn.ops.mla import mosaic_float, mosaic_fp8
+from pallas_attn.ops.mla import mosaic_float, mosaic_fp8, mosaic_sparse
 from pallas_attn.ops.mla.mosaic_finish import as_results, grouped, result_arrays
 from pallas_attn.ops.mla.mosaic_form import LATENT, ROPE, Form, Inputs, form_of
 from pallas_attn.ops.mla.mosaic_merge import merge
@@ -23,20 +23,24 @@ STORED = (jnp.bfloat16, jnp.float16, E4M3)
 
 def supports(p: Problem) -> str | None:
     """None, or what of the problem these kernels cannot do."""
-    tokens, out = p.max_q_len or MOST_TOKENS + 1, p.out_format
+    tokens, out, rows = p.max_q_len or MOST_TOKENS + 1, p.out_format, p.kv_format == FP8_DS_MLA
     refusals = {
         "an empty call": p.empty,
-        "no list of keys": p.topk is not None,
         "no up-projection": p.v_dim is not None,
-        f"it needs batch.max_q_len <= {MOST_TOKENS}": tokens > MOST_TOKENS,
+        f"it needs batch.max_q_len <= {MOST_TOKENS} or a list of keys": tokens > MOST_TOKENS and not p.topk,
         f"no latent of {p.latent_dim} with a rotary part of {p.rope_dim}": (p.latent_dim, p.rope_dim) != (LATENT, ROPE),
-        f"no {p.kv_format} cache": p.kv_format.dtype not in STORED or p.kv_format.granularity == "group",
-        f"no {p.q_format} query on a {p.kv_format} cache": p.q_format.dtype != p.kv_format.dtype,
-        f"no page size {p.page_size}": p.page_size not in (16, 32, 64, 128, 256),
+        f"no {p.kv_format} cache with a list of keys": bool(p.topk) and not rows,
+        f"no {p.kv_format} cache without a list of keys": not p.topk and rows,
+        f"no {p.kv_format} cache": p.kv_format.dtype not in STORED,
+        f"no {p.q_format} query on a {p.kv_format} cache": p.q_format not in (BF16, F16)
+        if rows
+        else p.q_format.dtype != p.kv_format.dtype,
+        f"no page size {p.page_size}": not rows and p.page_size not in (16, 32, 64, 128, 256),
         f"no {p.heads} heads": p.heads > 128,
         f"no {p.out_dtype} output": p.out_dtype.itemsize > 4,
         f"no {out} output": out is not None and (out.two_level or out.scale_type != "float32"),
-        f"no more than {MOST_SEQS} sequences": p.seqs > MOST_SEQS,
+        f"no more than {MOST_SEQS} sequences": not p.topk and p.seqs > MOST_SEQS,
+        f"no more than {MOST_SEQS} tokens with a list of keys": bool(p.topk) and p.tokens > MOST_SEQS,
     }
     return next((reason for reason, refused in refusals.items() if refused), None)
 
@@ -53,19 +57,26 @@ def run(p: Problem, *arrays, workers: int | None = None):
 
 
 def _inputs(p: Problem, form: Form, args: Args) -> Inputs:
-    batch = args.batch
-    i32 = lambda x: jnp.asarray(x, jnp.int32)  # noqa: E731
     one = lambda x: jnp.ones(1) if x is None else jnp.reshape(x, (1,)).astype(jnp.float32)  # noqa: E731
     parts = [_rows(p, form, q.values if isinstance(q, Quantized) else q) for q in (args.q_latent, args.q_rope)]
     scales = tuple(_row_scales(p, form, q) for q in (args.q_latent, args.q_rope))
-    plan = batch.schedule
-    before = plan.before if plan is not None and plan.window is None else batch.tiles_before()
+    where = mosaic_sparse.keys(p, args, INTERPRET) if p.topk else _pages(p, args)
     return Inputs(
-        q_latent=parts[0], q_rope=parts[1], pages=args.cache.pages, page_table=i32(batch.page_table),
-        kv_lens=i32(batch.kv_lens), cu_q_lens=i32(batch.cu_q_lens),
-        live=jnp.reshape(i32(p.seqs if batch.num_seqs is None else batch.num_seqs), (1,)), before=before,
-        scale=one(args.scale), cache_scale=one(args.cache.scale), q_scales=scales, out_scale=one(args.out_scale),
+        parts[0], parts[1], **where, scale=one(args.scale), cache_scale=one(args.cache.scale), q_scales=scales,
+        out_scale=one(args.out_scale),
     )  # fmt: skip
+
+
+def _pages(p: Problem, args: Args) -> dict[str, Any]:
+    """The cache, and which tiles of it each sequence has."""
+    batch, i32 = args.batch, lambda x: jnp.asarray(x, jnp.int32)
+    plan = batch.schedule
+    return {
+        "pages": args.cache.pages, "page_table": i32(batch.page_table), "kv_lens": i32(batch.kv_lens),
+        "cu_q_lens": i32(batch.cu_q_lens),
+        "live": jnp.reshape(i32(p.seqs if batch.num_seqs is None else batch.num_seqs), (1,)),
+        "before": plan.before if plan is not None and plan.window is None else batch.tiles_before(),
+    }  # fmt: skip
 
 
 def _rows(p: Problem, form: Form, x: jax.Array) -> jax.Array:
@@ -89,10 +100,10 @@ def attend(p: Problem, form: Form, x: Inputs) -> list[jax.Array]:
     """The first launch: results of the sequences that one worker reads, partial ones [W + B, columns, 64, C] of the
     others, and the logarithms of all rows' sums [W + B, columns, 64]."""
     leaves, tree = jax.tree.flatten(x)
-    slots = (form.workers + p.seqs, form.columns, ROWS)
+    slots = (form.workers + form.seqs, form.columns, ROWS)
     out = [*result_arrays(p, form)]
     out += [jax.ShapeDtypeStruct((*slots, LATENT), jnp.float32), jax.ShapeDtypeStruct(slots, jnp.float32)]
-    kind = mosaic_float if p.kv_format.dtype.itemsize > 1 else mosaic_fp8
+    kind: Any = mosaic_sparse if p.topk else mosaic_float if p.kv_format.dtype.itemsize > 1 else mosaic_fp8
 
     def body(*refs, **scratch):
         ins, results = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
@@ -104,7 +115,7 @@ def attend(p: Problem, form: Form, x: Inputs) -> list[jax.Array]:
 
     kernel = plgpu.kernel(
         body, out_type=tuple(out), grid=(form.workers, form.columns), grid_names=("worker", "column"),
-        scratch_types=kind.scratch(p, form), num_threads=3, thread_name="role",
+        scratch_types=kind.scratch(p, form, INTERPRET), num_threads=3, thread_name="role",
         compiler_params=plgpu.CompilerParams(approx_math=True), interpret=INTERPRET,
     )  # fmt: skip
     return list(kernel(*leaves))

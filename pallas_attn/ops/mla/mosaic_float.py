@@ -21,12 +21,12 @@ from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import ACC, ROWS, Layout, swizzled
 
 
-def scratch(p: Problem, form: Form) -> dict[str, Any]:
+def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
     """Shared memory and barriers of a CTA."""
     dtype = p.kv_format.dtype
     return state(form) | ring(p, swizzled(dtype, ROPE)) | {
         # Results leave through the memory of the query that they answer.
-        "query": plgpu.RefUnion(
+        "memory": plgpu.RefUnion(
             plgpu.SMEM((ROWS, LATENT), dtype, transforms=swizzled(dtype, LATENT)), *stages(p, PART)
         ),
     }  # fmt: skip
@@ -40,15 +40,15 @@ class Worker(mosaic_paged.Worker):
 
     def load_query(self, s: Segment):
         """The first half of the query in registers."""
-        self.fetch_query(s, self.query[0], self.q_rope)
-        return self.in_registers(self.query[0].at[:, pl.ds(0, HALF)], Layout.WGMMA)
+        self.fetch_query(s, self.memory[0], self.q_rope)
+        return self.in_registers(self.memory[0].at[:, pl.ds(0, HALF)], Layout.WGMMA)
 
     def logits(self, s: Segment, query, t):
         """S [64, TILE] to base 2."""
         slot = lax.rem(t, jnp.int32(2))
 
         def multiply(acc):
-            for half, q in enumerate((query, self.query[0].at[:, pl.ds(HALF, HALF)])):
+            for half, q in enumerate((query, self.memory[0].at[:, pl.ds(HALF, HALF)])):
                 plgpu.barrier_wait(self.halves_ready.at[2 * half + slot])
                 plgpu.wgmma(acc, q, self.halves.at[half, slot].transpose((1, 0)))
             plgpu.barrier_wait(self.ropes_ready.at[slot])

@@ -30,6 +30,7 @@ class Form(NamedTuple):
     rows: int  # real rows of a block, at most
     workers: int  # stretches of tiles
     tokens: int  # of a sequence, at most
+    seqs: int  # where keys are listed, every token is a sequence of its own
 
 
 def form_of(p: Problem, workers: int | None = None) -> Form:
@@ -37,7 +38,8 @@ def form_of(p: Problem, workers: int | None = None) -> Form:
     heads, tokens = padded_heads(p), 1 if p.topk else p.max_q_len or 1
     columns = -(-heads * tokens // ROWS)
     workers = workers or max(SMS // columns, 1)
-    return Form(heads, math.gcd(heads, ROWS), columns, min(heads * tokens, ROWS), workers, tokens)
+    seqs = p.tokens if p.topk else p.seqs
+    return Form(heads, math.gcd(heads, ROWS), columns, min(heads * tokens, ROWS), workers, tokens, seqs)
 
 
 def padded_heads(p: Problem) -> int:
@@ -50,8 +52,8 @@ class Inputs(NamedTuple):
 
     q_latent: Any  # [T * heads, C]
     q_rope: Any  # [T * heads, R]
-    pages: Any  # [N, S, C + R]
-    page_table: Any
+    pages: Any  # [N, S, C + R], or rows of bytes [N * S, 656]
+    page_table: Any  # where keys are listed, their slots [T, tiles, TILE]
     kv_lens: Any
     cu_q_lens: Any
     live: Any  # [1]
@@ -75,7 +77,11 @@ class Sequence(NamedTuple):
         start = jnp.clip(x.cu_q_lens[b], 0, p.tokens)
         end = jnp.clip(x.cu_q_lens[b + 1], 0, p.tokens)
         q_len = jnp.where(b < x.live[0], jnp.clip(end - start, 0, form.tokens), 0)
-        return cls(jnp.clip(x.kv_lens[b], 0, p.pages_per_seq * p.page_size), start, q_len)
+        return cls(jnp.clip(x.kv_lens[b], 0, p.keys), start, q_len)
+
+    def only_real(self, count):
+        """Rows or tiles, none where there are no keys: a schedule of listed keys may count some."""
+        return jnp.where(self.kv_len > 0, count, 0)
 
 
 class Segment(NamedTuple):
@@ -113,7 +119,7 @@ def segment(p: Problem, form: Form, x: Inputs, b, worker, column, start, end) ->
     seq, begin, following = Sequence.read(p, form, x, b), x.before[b], x.before[b + 1]
     tile0 = jnp.maximum(start - begin, 0)
     last = jnp.minimum(end, following) - begin
-    rows = jnp.clip(seq.q_len * form.heads - column * ROWS, 0, ROWS)
+    rows = seq.only_real(jnp.clip(seq.q_len * form.heads - column * ROWS, 0, ROWS))
     whole = (tile0 == 0) & (last == following - begin)
     # Both worker and sequence rise along the list, so no two pairs share a slot.
     return Segment(

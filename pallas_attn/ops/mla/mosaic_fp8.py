@@ -25,7 +25,7 @@ UNITS = 3
 WIDE = jnp.float16  # holds every FP8 value exactly
 
 
-def scratch(p: Problem, form: Form) -> dict[str, Any]:
+def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
     """Shared memory and barriers of a CTA."""
     dtype = p.kv_format.dtype
     narrow = swizzled(dtype, PIECE)
@@ -34,7 +34,7 @@ def scratch(p: Problem, form: Form) -> dict[str, Any]:
         | ring(p, narrow)
         | {
             # Results leave through the memory of the query that they answer.
-            "query": plgpu.RefUnion(plgpu.SMEM((ROWS, LATENT), dtype, transforms=narrow), *stages(p, PIECE)),
+            "memory": plgpu.RefUnion(plgpu.SMEM((ROWS, LATENT), dtype, transforms=narrow), *stages(p, PIECE)),
             "wide": plgpu.SMEM((2, UNITS, TILE, PART), WIDE, transforms=swizzled(WIDE, PART)),
             "p_tile": plgpu.SMEM((ROWS, TILE), WIDE, transforms=swizzled(WIDE, TILE)),
         }
@@ -52,8 +52,8 @@ class Worker(mosaic_paged.Worker):
 
     def load_query(self, s: Segment):
         """(pieces of the query in registers, what turns sums of codes into logits for either part)."""
-        self.fetch_query(s, self.query[0], self.q_rope)
-        pieces = [self.query[0].at[:, pl.ds(at, PIECE)] for at in range(0, LATENT, PIECE)]
+        self.fetch_query(s, self.memory[0], self.q_rope)
+        pieces = [self.memory[0].at[:, pl.ds(at, PIECE)] for at in range(0, LATENT, PIECE)]
         factors = [self.factor(s, scale) for scale in self.x.q_scales]
         return [self.in_registers(x, Layout.WGMMA_8BIT) for x in (*pieces, self.q_rope)], factors
 

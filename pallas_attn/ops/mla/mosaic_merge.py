@@ -24,11 +24,11 @@ def merge(p: Problem, form: Form, x: Inputs, results, partial, stats, interpret)
     """The results, and the LSE [T * heads] if asked, from what the workers left. A CTA takes some rows of a sequence,
     of those PART columns."""
     tall = min(form.chunk * (form.rows // form.chunk), ROWS)
-    while tall > 8 and p.seqs * (form.heads * form.tokens // tall) * (LATENT // PART) < WAVES * SMS:
+    while tall > 8 and form.seqs * (form.heads * form.tokens // tall) * (LATENT // PART) < WAVES * SMS:
         tall = max(math.gcd(tall // 2, form.heads), 8)
     tiles = -(-form.heads * form.tokens // tall)
     # All loads of a step overlap; as few steps as the registers allow, of the partial results to be expected.
-    expected, fit = form.workers // p.seqs + 2, max(REGISTERS // (tall * PART // 128), 1)
+    expected, fit = form.workers // form.seqs + 2, max(REGISTERS // (tall * PART // 128), 1)
     together = -(-expected // -(-expected // fit))
     memory = [jax.new_ref(r) for r in results]
     out = [jax.ShapeDtypeStruct((p.tokens * form.heads,), jnp.float32)] if p.return_lse else []
@@ -39,7 +39,7 @@ def merge(p: Problem, form: Form, x: Inputs, results, partial, stats, interpret)
         Merge(p, form, tall, together, ins, places, rest[:-2], rest[-2], rest[-1], interpret).run()
 
     kernel = plgpu.kernel(
-        combine, out_type=tuple(out), grid=(p.seqs, tiles, LATENT // PART), grid_names=("seq", "tile", "band"),
+        combine, out_type=tuple(out), grid=(form.seqs, tiles, LATENT // PART), grid_names=("seq", "tile", "band"),
         scratch_types=[plgpu.SMEM((tall, PART), p.out_dtype), plgpu.SMEM((tall,), jnp.float32)], interpret=interpret,
     )  # fmt: skip
     lse = kernel(*arrays, *memory)
@@ -68,8 +68,8 @@ class Merge:
         first = self.number * self.tall  # of the sequence's rows
         self.row, self.real = seq.start * form.heads + first, jnp.clip(seq.q_len * form.heads - first, 0, self.tall)
         self.column, self.at = lax.div(first, jnp.int32(ROWS)), lax.rem(first, jnp.int32(ROWS))
-        _, each = share(self.before, p.seqs, form.workers)
-        count = self.before[b + 1] - self.before[b]
+        _, each = share(self.before, form.seqs, form.workers)
+        count = seq.only_real(self.before[b + 1] - self.before[b])
         self.low = lax.div(self.before[b], each)
         self.parts = jnp.where(count > 0, lax.div(self.before[b + 1] - 1, each) - self.low + 1, 0)
         self.first_slot = self.low + b
@@ -164,7 +164,7 @@ class Merge:
         """Every seqs-th token that belongs to no sequence is zero; rows that fill up the scales have those of zeros."""
         p, form = self.p, self.form
         start = jnp.clip(self.x.cu_q_lens[0], 0, p.tokens)
-        end = jnp.clip(self.x.cu_q_lens[jnp.clip(self.live[0], 0, p.seqs)], start, p.tokens)
+        end = jnp.clip(self.x.cu_q_lens[jnp.clip(self.live[0], 0, form.seqs)], start, p.tokens)
         zero = plgpu.layout_cast(jnp.zeros((self.tall, PART), jnp.float32), self.layout)
         nothing = plgpu.layout_cast(jnp.full((self.tall,), -jnp.inf, jnp.float32), self.of_rows)
 
@@ -177,9 +177,9 @@ class Merge:
                 pl.when(self.band == 0)(lambda: self.leave_lse(row, real, nothing))
 
         def token(i, carry):
-            free = b + i * p.seqs
+            free = b + i * form.seqs
             t = jnp.where(free < start, free, end + free - start)
             return lax.fori_loop(0, -(-form.heads // self.tall), lambda j, carry: rows(t, j) or carry, carry)
 
-        count = lax.div(filled(p) - end + start - b + (p.seqs - 1), jnp.int32(p.seqs))
+        count = lax.div(filled(p) - end + start - b + (form.seqs - 1), jnp.int32(form.seqs))
         lax.fori_loop(0, count, token, jnp.int32(0))

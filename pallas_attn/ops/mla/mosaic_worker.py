@@ -34,7 +34,7 @@ def state(form: Form) -> dict[str, Any]:
     return {
         "alpha": plgpu.SMEM((2, ROWS), jnp.float32),
         "row_tile": plgpu.SMEM((2, ROWS), jnp.float32),  # what a row is multiplied by in the end, and its LSE
-        "scale_tile": plgpu.SMEM((2, ROWS), jnp.float32),  # of one group, for each half
+        "scale_tile": plgpu.SMEM((2, 2, ROWS), jnp.float32),  # of two groups, for each half
         "q_ready": plgpu.Barrier(num_arrivals=2 * (ROWS // form.chunk)),
         "alpha_ready": plgpu.Barrier(num_barriers=2),
         "p_ready": plgpu.Barrier(num_barriers=2),
@@ -45,9 +45,10 @@ def state(form: Form) -> dict[str, Any]:
 
 
 def stages(p: Problem, columns: int) -> list:
-    """Where results of each half pass on their way out: partial ones, then final ones."""
+    """Where results of each half pass on their way out, as many bytes for each type: partial ones, then final ones."""
+    shape = lambda d: (2, 4 // d.itemsize, ROWS, columns)  # noqa: E731
     types = (jnp.dtype(jnp.float32), jnp.dtype(p.out_dtype))
-    return [plgpu.SMEM((2, ROWS, columns), d, transforms=swizzled(d, columns)) for d in types]
+    return [plgpu.SMEM(shape(d), d, transforms=swizzled(d, columns)) for d in types]
 
 
 def spread(row, columns: int):
@@ -90,15 +91,15 @@ class Worker:
     p_free: Any
     ended: Any
     left: Any
-    query: Any  # a union with the stages of results: partial ones and final ones come last
+    memory: Any  # a union with the stages of results: partial ones and final ones come last
 
     def run(self) -> None:
         """All sequences that the worker has tiles of."""
-        p, form, x = self.p, self.form, self.x
+        form, x = self.form, self.x
         self.worker, self.column = lax.axis_index("worker"), lax.axis_index("column")
         self.role = lax.axis_index("role")
         self.scale = x.scale[0] * x.cache_scale[0] * jnp.float32(LOG2E)
-        total, each = share(x.before, p.seqs, form.workers)
+        total, each = share(x.before, form.seqs, form.workers)
         self.start = jnp.minimum(self.worker * each, total)
         self.end = jnp.minimum(self.start + each, total)
         self.first, last = find(x.before, self.start, self.end - 1)
@@ -157,14 +158,17 @@ class Worker:
     def score(self, s: Segment, following) -> None:
         """Weights of all the segment's tiles, then the rows' sums."""
         query = self.load_query(s)
-        # Tiles that every row sees whole need no mask.
-        token = lax.div(self.column * ROWS, jnp.int32(self.form.heads))
-        seen = jnp.clip(s.seq.kv_len - s.seq.q_len + token + 1, 0, s.seq.kv_len)
-        plain = jnp.clip(lax.div(seen, jnp.int32(TILE)) - s.tile0, 0, s.count)
+        plain = self.unmasked(s)
         zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), OVER_ROWS)
         state = (zero + FAR, zero)
-        state = lax.fori_loop(0, plain, lambda t, c: self.score_tile(s, query, t, c, masked=False), state)
-        top, total = lax.fori_loop(plain, s.count, lambda t, c: self.score_tile(s, query, t, c, masked=True), state)
+
+        def loop(low, high, state, masked: bool):
+            return lax.fori_loop(low, high, lambda t, c: self.score_tile(s, query, t, c, masked), state)
+
+        if plain is None:
+            top, total = loop(0, s.count, state, masked=True)
+        else:
+            top, total = loop(plain, s.count, loop(0, plain, state, masked=False), masked=True)
         some = jnp.where(total > 0, total, 1.0)
         self.row_tile[0] = jnp.where(total > 0, 1.0 / some, 0.0)
         self.row_tile[1] = jnp.where(total > 0, top + jnp.log2(some), FAR)
@@ -176,19 +180,17 @@ class Worker:
         plgpu.barrier_wait(self.left)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def score_tile(self, s: Segment, query, t, state, *, masked: bool):
+    def score_tile(self, s: Segment, query, t, state, masked: bool):
         """Weights of one tile."""
         top, total = state
         slot = lax.rem(t, jnp.int32(2))
         x = self.logits(s, query, t)
-        seen: Any = self.visible(s, s.tile0 + t) if masked else None
-        x = jnp.where(seen, x, FAR) if masked else x
+        x = self.masked(s, t, x) if masked else x
         peak = jnp.maximum(top, jnp.max(x, axis=1))
         keep = jnp.exp2(top - peak)
         self.alpha[slot] = keep
         plgpu.barrier_arrive(self.alpha_ready.at[slot])
         weight = jnp.exp2(x - spread(peak, TILE))
-        weight = jnp.where(seen, weight, 0.0) if masked else weight
         self.make_room(s, t)
         target = self.weights_at(t)
         target[...] = weight.astype(target.dtype)
@@ -198,14 +200,21 @@ class Worker:
         self.after_weights(s, t)
         return peak, total
 
-    def visible(self, s: Segment, tile):
-        """bool [64, TILE]: no row sees past its own token."""
-        token = plgpu.broadcasted_iota(jnp.int32, (ROWS, TILE), 1, layout=Layout.WGMMA) + tile * TILE
-        if self.form.tokens == 1:
-            return token < s.seq.kv_len
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS, TILE), 0, layout=Layout.WGMMA) + self.column * ROWS
-        position = s.seq.kv_len - s.seq.q_len + lax.div(row, jnp.int32(self.form.heads))
-        return (token < s.seq.kv_len) & (token <= position)
+    def unmasked(self, s: Segment) -> Any:
+        """How many tiles at the segment's beginning every row sees whole; None where each one needs a mask."""
+        token = lax.div(self.column * ROWS, jnp.int32(self.form.heads))
+        seen = jnp.clip(s.seq.kv_len - s.seq.q_len + token + 1, 0, s.seq.kv_len)
+        return jnp.clip(lax.div(seen, jnp.int32(TILE)) - s.tile0, 0, s.count)
+
+    def masked(self, s: Segment, t, x):
+        """Logits of tile t, so far below any maximum where a row does not see a token that nothing is left of them. No
+        row sees past its own token."""
+        token = plgpu.broadcasted_iota(jnp.int32, (ROWS, TILE), 1, layout=Layout.WGMMA) + (s.tile0 + t) * TILE
+        seen = token < s.seq.kv_len
+        if self.form.tokens > 1:
+            row = plgpu.broadcasted_iota(jnp.int32, (ROWS, TILE), 0, layout=Layout.WGMMA) + self.column * ROWS
+            seen &= token <= s.seq.kv_len - s.seq.q_len + lax.div(row, jnp.int32(self.form.heads))
+        return jnp.where(seen, x, 2 * FAR)
 
     def wait_free(self, t) -> None:
         """Until the weights of tile t have been used."""
@@ -235,9 +244,13 @@ class Worker:
         """`acc` plus weights times values of tile t."""
         raise NotImplementedError
 
+    def after_values(self, s: Segment) -> None:
+        """What is left to do once the last tile's products are done."""
+
     def weigh(self, s: Segment, following) -> None:
         """The segment's half of the value columns."""
         acc = lax.fori_loop(0, s.count, lambda t, c: self.weigh_tile(s, t, c), self.begin_values(s))
+        self.after_values(s)
         following()
         plgpu.barrier_wait(self.ended)
         factor = plgpu.load(self.row_tile.at[0], layout=OVER_ROWS, optimized=False) * self.x.cache_scale[0]
@@ -271,7 +284,7 @@ class Worker:
         """The final values of the half, and their scales."""
         for i, part in enumerate(parts):
             values, scales = finish(self.p, part, self.x.out_scale[0], Layout.WGMMA, self.interpret)
-            self.leave(values, i, self.query[-1], lambda tile, columns: leave_rows(
+            self.leave(values, i, self.memory[-1], lambda tile, columns: leave_rows(
                 tile, self.out, s.row, s.rows, self.form.chunk, columns
             ))  # fmt: skip
             for j, scale in enumerate(scales):
@@ -280,7 +293,7 @@ class Worker:
 
     def leave_group(self, s: Segment, scale, group) -> None:
         """The scales of one group of columns."""
-        tile = self.scale_tile.at[self.role]
+        tile = self.scale_tile.at[self.role, 0]
         plgpu.commit_smem()  # every warp is done with the last ones
         tile[...] = scale
         plgpu.commit_smem()
@@ -290,17 +303,19 @@ class Worker:
         """The half's share of the result in float32."""
         to = self.partial.at[s.slot, self.column]
         for i, part in enumerate(parts):
-            self.leave(part, i, self.query[-2], lambda tile, columns: leave_rows(
+            self.leave(part, i, self.memory[-2], lambda tile, columns: leave_rows(
                 tile, to, jnp.int32(0), s.rows, self.form.chunk, columns
             ))  # fmt: skip
 
     def leave(self, x, i: int, stage, copy) -> None:
         """Send the i-th part of the half [64, PART] through shared memory, as many columns at once as fit."""
-        width = stage.shape[-1]
+        places, width = stage.shape[1], stage.shape[-1]
         for at in range(0, PART, width):
-            if i or at:
+            number = (i * PART + at) // width
+            if number >= places:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.commit_smem()  # the last one has left, for every warp
-            stage.at[self.role][...] = x[:, at : at + width]
+                plgpu.commit_smem()  # what was there has left, for every warp
+            tile = stage.at[self.role, number % places]
+            tile[...] = x[:, at : at + width]
             plgpu.commit_smem()
-            copy(stage.at[self.role], pl.ds(self.role * HALF + i * PART + at, width))
+            copy(tile, pl.ds(self.role * HALF + i * PART + at, width))
