@@ -1,4 +1,4 @@
-"""`python -m bench list | run | plot | tune`: the benchmark of paged attention, cache writes and gathers."""
+"""`python -m bench list | run | plot | tune`: the benchmark of paged attention, MLA, cache writes and gathers."""
 
 import argparse
 import dataclasses
@@ -10,13 +10,17 @@ import jax
 from tabulate import tabulate
 
 import pallas_attn as pa
-from bench import cases, gathers, layers, record, side, timing, writes
+from bench import cases, gathers, layers, mla, record, side, timing, writes
 from bench.cases import Case
 from bench.gathers import GatherCase
+from bench.mla import MlaCase
 from bench.writes import WriteCase
 
-type AnyCase = Case | WriteCase | GatherCase
-KINDS = {"decode": cases, "prefill": cases, "layers": layers, "write": writes, "gather": gathers}  # by `case.op`
+type AnyCase = Case | WriteCase | GatherCase | MlaCase
+KINDS = {  # by `case.op`
+    "decode": cases, "prefill": cases, "layers": layers, "write": writes, "gather": gathers, "mla": mla,
+    "mla_sparse": mla,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 def chosen(args: argparse.Namespace) -> list[AnyCase]:
     """The cases that the options select."""
     found = [
-        c for c in (x for kind in (cases, writes, gathers) for x in kind.all_cases().values())
+        c for c in (x for kind in (cases, writes, gathers, mla) for x in kind.all_cases().values())
         if fnmatch.fnmatch(c.name, args.case) and args.op in (None, c.op) and args.layout in (None, c.layout.name)
     ]  # fmt: skip
     if not found:
@@ -77,9 +81,7 @@ def run(args: argparse.Namespace) -> None:
                 print(peer.line(), flush=True)
 
 
-def one(
-    case: Case | WriteCase | GatherCase, backend: str | None, repeat: int, scheduled: bool = True
-) -> record.Result | str:
+def one(case: AnyCase, backend: str | None, repeat: int, scheduled: bool = True) -> record.Result | str:
     """Check and time one case; or say why a backend refuses it.
 
     The batch comes with its schedule, as in a serving step: computed once for all layers, outside of what is timed.

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from bench.cases import Case
 from bench.gathers import GatherCase
+from bench.mla import MlaCase
 from bench.timing import Timing
 from bench.writes import WriteCase
 
@@ -54,7 +55,7 @@ class Result:
         )
 
 
-def result(case: Case | WriteCase | GatherCase, backend: str, timing: Timing, rel_err: float) -> Result:
+def result(case: Case | WriteCase | GatherCase | MlaCase, backend: str, timing: Timing, rel_err: float) -> Result:
     """What one measurement says of a case. The floor is that of an H100, wherever it ran."""
     peer = case.best_peer
     return Result(

@@ -211,7 +211,7 @@ def test_interpreted_fp8(rng, monkeypatch):
 def test_interpreted_listed(rng, monkeypatch):
     """Keys that are listed by position, a token in two parts."""
     monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
-    check_listed(rng, runner(3), 8, 130, by_slot=False)
+    check_listed(rng, runner(3), 8, 70, by_slot=False)
 
 
 CELLS = [
