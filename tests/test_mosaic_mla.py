@@ -13,6 +13,7 @@ import pallas_attn as pa
 from pallas_attn.core.latent_cache import abstract_latent_cache
 from pallas_attn.core.quantized import quantize
 from pallas_attn.ops.mla import mosaic
+from pallas_attn.ops.mla.mosaic_form import Inputs, form_of, share
 from pallas_attn.ops.mla.problem import prepare
 
 SCALE = 0.11
@@ -116,6 +117,26 @@ REFUSED = {
 def test_refuses(change, reason):
     arguments, options = abstract(**change)
     assert reason in mosaic.supports(prepare(*arguments, **options)[0])
+
+
+@pytest.mark.parametrize(("lengths", "heads", "live", "each"), [
+    ([4096] * 128, 128, 128, 128),  # two whole sequences instead of 125 tiles
+    ([32768] * 128, 128, 128, 993),  # three percent more would be a lot
+    ([4096] * 32, 128, 32, 32),
+    ([64 * 64] * 100 + [0] * 28, 128, 100, 97),
+    ([1000, 64] * 64, 128, 128, 17),
+    ([0, 0], 128, 2, 1),
+])  # fmt: skip
+def test_shares(lengths, heads, live, each):
+    """Tiles of a worker, of so many sequences."""
+    seqs, nothing = len(lengths), [None] * len(Inputs._fields)
+    batch = pa.RaggedBatch(S((seqs, 512), jnp.int32), S((seqs,), jnp.int32), S((seqs + 1,), jnp.int32), max_q_len=1)
+    query = S((seqs, heads, 512), jnp.bfloat16), S((seqs, heads, 64), jnp.bfloat16)
+    p = prepare(*query, abstract_latent_cache(pa.BF16), batch, scale=SCALE)[0]
+    before = jnp.cumsum(jnp.array([0, *(-(-n // 64) for n in lengths)], jnp.int32))
+    x = Inputs(*nothing)._replace(before=before, live=jnp.array([live], jnp.int32))
+    total, got = share(x, form_of(p))
+    assert (int(total), int(got)) == (int(before[-1]), each)
 
 
 # ---------------------------------------------------------------- results

@@ -14,6 +14,7 @@ from pallas_attn.runtime.mosaic import ROWS, SMS, token_layout
 
 LATENT, ROPE = 512, 64  # the one shape of a row that the kernels know
 HALF = LATENT // 2  # value columns of one warpgroup
+SLACK = 8  # tiles more for a worker, which take as long as what whole sequences spare
 CHUNK = 512  # sequences that the search for a worker's first one looks at at once
 
 
@@ -97,10 +98,13 @@ class Segment(NamedTuple):
     rows: Any  # real ones
 
 
-def share(before, seqs: int, workers: int):
-    """(tiles in all, tiles of each worker)."""
-    total = before[seqs]
-    return total, jnp.maximum(lax.div(total + (workers - 1), jnp.int32(workers)), 1)
+def share(x: Inputs, form: Form):
+    """(tiles in all, tiles of each worker): equal shares, but whole sequences where all are of one length and that
+    costs a worker no more than a few tiles. A part of a sequence leaves its result in memory in float32."""
+    total, one = x.before[form.seqs], x.before[1]
+    each = jnp.maximum(lax.div(total + (form.workers - 1), jnp.int32(form.workers)), 1)
+    whole = lax.div(each + one - 1, jnp.maximum(one, 1)) * one
+    return total, jnp.where((total == one * x.live[0]) & (whole >= each) & (whole <= each + SLACK), whole, each)
 
 
 def find(before, first, last):

@@ -53,7 +53,7 @@ class Merge:
         self.p, self.form, self.tall, self.together, self.interpret = p, form, tall, together, interpret
         self.partial, self.stats, cu_q_lens, kv_lens, self.live, self.before, self.out_scale = ins
         nothing: Any = [None] * len(Inputs._fields)
-        self.x = Inputs(*nothing)._replace(cu_q_lens=cu_q_lens, kv_lens=kv_lens, live=self.live)
+        self.x = Inputs(*nothing)._replace(cu_q_lens=cu_q_lens, kv_lens=kv_lens, live=self.live, before=self.before)
         self.out, self.scales = places[0], places[1] if grouped(p) else None
         self.lse: Any = lse[0] if lse else None
         self.tile, self.row_tile = tile, row_tile
@@ -68,7 +68,7 @@ class Merge:
         first = self.number * self.tall  # of the sequence's rows
         self.row, self.real = seq.start * form.heads + first, jnp.clip(seq.q_len * form.heads - first, 0, self.tall)
         self.column, self.at = lax.div(first, jnp.int32(ROWS)), lax.rem(first, jnp.int32(ROWS))
-        _, each = share(self.before, form.seqs, form.workers)
+        _, each = share(self.x, form)
         count = seq.only_real(self.before[b + 1] - self.before[b])
         self.low = lax.div(self.before[b], each)
         self.parts = jnp.where(count > 0, lax.div(self.before[b + 1] - 1, each) - self.low + 1, 0)

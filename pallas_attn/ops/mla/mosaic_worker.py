@@ -99,7 +99,7 @@ class Worker:
         self.worker, self.column = lax.axis_index("worker"), lax.axis_index("column")
         self.role = lax.axis_index("role")
         self.scale = x.scale[0] * x.cache_scale[0] * jnp.float32(LOG2E)
-        total, each = share(x.before, form.seqs, form.workers)
+        total, each = share(x, form)
         self.start = jnp.minimum(self.worker * each, total)
         self.end = jnp.minimum(self.start + each, total)
         self.first, last = find(x.before, self.start, self.end - 1)
