@@ -70,6 +70,7 @@ LOWERED = {
     "fp8": (("E4M3_TENSOR", 16, 4, 16), {"return_lse": True, "out": pa.e4m3_group(128, order="tma")}),
 }
 MORE_LOWERED = {
+    "listed floats": (("BF16", 128, 1, 64), {"topk": pa.TopK(S((8, 256), jnp.int32), slots=True)}),
     "positions": (("FP8_DS_MLA", 16, None, 64), {"topk": pa.TopK(S((8, 100), jnp.int32), S((8,), jnp.int32))}),
     "f16": (("F16", 12, 2, 128), {"out": jnp.float32}),
     "static": (("BF16", 1, 1, 32), {"out": (pa.E4M3_STATIC, 0.5)}),
@@ -103,7 +104,7 @@ REFUSED = {
     "nvfp4": ({"out": (pa.NVFP4, 0.1)}, "no NVFP4 output"),
     "packed": ({"out": pa.e4m3_group(128, ue8m0=True, order="tma", packed=True)}, "PACKED output"),
     "up-projection": ({"w_uv": S((128, 512, 128), jnp.bfloat16)}, "no up-projection"),
-    "list": ({"topk": pa.TopK(S((8, 64), jnp.int32))}, "no BF16 cache with a list of keys"),
+    "list": ({"format": "E4M3_TENSOR", "topk": S((8, 64), jnp.int32)}, "no E4M3_TENSOR cache with a list of keys"),
     "rows": ({"format": "FP8_DS_MLA"}, "no FP8_DS_MLA cache without a list of keys"),
     "many tokens": (
         {"format": "FP8_DS_MLA", "seqs": 9000, "topk": S((9003, 64), jnp.int32)},
@@ -201,9 +202,9 @@ def listed(rng, random, keys):
     return positions, slots, lengths, seen
 
 
-def check_listed(rng, run, heads, keys, by_slot, q_dtype=BF16, q_lens=(2, 1, 0, 1), kv_lens=(150, 100, 0, 3)):
+def check_listed(rng, run, format, heads, keys, by_slot, q_dtype=BF16, q_lens=(2, 1, 0, 1), kv_lens=(150, 100, 0, 3)):
     random = latents.make(
-        rng, "FP8_DS_MLA", q_lens, kv_lens, heads=heads, page_size=32, q_dtype=q_dtype, spare_seqs=1, spare_tokens=2
+        rng, format, q_lens, kv_lens, heads=heads, page_size=32, q_dtype=q_dtype, spare_seqs=1, spare_tokens=2
     )
     positions, slots, lengths, seen = listed(rng, random, keys)
     topk = pa.TopK(jnp.asarray(slots if by_slot else positions), jnp.asarray(lengths), by_slot)
@@ -229,10 +230,11 @@ def test_interpreted_fp8(rng, monkeypatch):
     check_groups(rng, runner(1), out, "E4M3_TENSOR", 8, 2, 64, "E4M3_TOKEN_HEAD", **SHORT)
 
 
-def test_interpreted_listed(rng, monkeypatch):
-    """Keys that are listed by position, a token in two parts."""
+@pytest.mark.parametrize("format", ["FP8_DS_MLA", pytest.param("BF16", marks=pytest.mark.slow)])
+def test_interpreted_listed(format, rng, monkeypatch):
+    """Keys that are listed by position, tokens in two parts."""
     monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
-    check_listed(rng, runner(3), 8, 70, by_slot=False)
+    check_listed(rng, runner(3), format, 8, 70, by_slot=False)
 
 
 CELLS = [
@@ -287,12 +289,15 @@ def test_a_static_scale_on_a_gpu(rng):
 MANY = {"q_lens": (1,) * 9, "kv_lens": (5000, 1, 64, 65, 3000, 700, 2, 128, 999)}
 
 
+KEYS = [
+    ("FP8_DS_MLA", 128, 2048, True, BF16), ("FP8_DS_MLA", 16, 100, False, F16), ("FP8_DS_MLA", 1, 64, True, BF16),
+    ("BF16", 128, 2048, False, BF16), ("F16", 40, 320, True, F16),
+]  # fmt: skip
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("workers", [None, 1, 7])
-@pytest.mark.parametrize("by_slot", [False, True])
-@pytest.mark.parametrize(
-    ("heads", "keys", "dtype"), [(128, 2048, BF16), (16, 100, F16), (40, 320, BF16), (1, 64, BF16)]
-)
-def test_listed_on_a_gpu(heads, keys, dtype, by_slot, workers, rng):
-    check_listed(rng, runner(workers), heads, keys, by_slot, dtype)
-    check_listed(rng, runner(workers), heads, keys, by_slot, dtype, **MANY)
+@pytest.mark.parametrize("cell", KEYS, ids=lambda c: "-".join(map(str, c[:4])))
+def test_listed_on_a_gpu(cell, workers, rng):
+    check_listed(rng, runner(workers), *cell)
+    check_listed(rng, runner(workers), *cell, **MANY)

@@ -8,7 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.formats import BF16, E4M3, F16, FP8_DS_MLA
 from pallas_attn.core.quantized import Quantized
-from pallas_attn.ops.mla import mosaic_float, mosaic_fp8, mosaic_sparse
+from pallas_attn.ops.mla import mosaic_float, mosaic_fp8, mosaic_sparse, mosaic_sparse_float, mosaic_sparse_rows
 from pallas_attn.ops.mla.mosaic_finish import as_results, grouped, result_arrays
 from pallas_attn.ops.mla.mosaic_form import LATENT, ROPE, Form, Inputs, form_of
 from pallas_attn.ops.mla.mosaic_merge import merge
@@ -29,7 +29,7 @@ def supports(p: Problem) -> str | None:
         "no up-projection": p.v_dim is not None,
         f"it needs batch.max_q_len <= {MOST_TOKENS} or a list of keys": tokens > MOST_TOKENS and not p.topk,
         f"no latent of {p.latent_dim} with a rotary part of {p.rope_dim}": (p.latent_dim, p.rope_dim) != (LATENT, ROPE),
-        f"no {p.kv_format} cache with a list of keys": bool(p.topk) and not rows,
+        f"no {p.kv_format} cache with a list of keys": bool(p.topk) and p.kv_format.granularity == "tensor",
         f"no {p.kv_format} cache without a list of keys": not p.topk and rows,
         f"no {p.kv_format} cache": p.kv_format.dtype not in STORED,
         f"no {p.q_format} query on a {p.kv_format} cache": p.q_format not in (BF16, F16)
@@ -60,11 +60,23 @@ def _inputs(p: Problem, form: Form, args: Args) -> Inputs:
     one = lambda x: jnp.ones(1) if x is None else jnp.reshape(x, (1,)).astype(jnp.float32)  # noqa: E731
     parts = [_rows(p, form, q.values if isinstance(q, Quantized) else q) for q in (args.q_latent, args.q_rope)]
     scales = tuple(_row_scales(p, form, q) for q in (args.q_latent, args.q_rope))
-    where = mosaic_sparse.keys(p, args, INTERPRET) if p.topk else _pages(p, args)
+    where = _listed(p, args) if p.topk else _pages(p, args)
     return Inputs(
         parts[0], parts[1], **where, scale=one(args.scale), cache_scale=one(args.cache.scale), q_scales=scales,
         out_scale=one(args.out_scale),
     )  # fmt: skip
+
+
+def _kind(p: Problem) -> Any:
+    """The module of the kernel for this cache."""
+    if p.topk:
+        return mosaic_sparse_rows if p.kv_format == FP8_DS_MLA else mosaic_sparse_float
+    return mosaic_float if p.kv_format.dtype.itemsize > 1 else mosaic_fp8
+
+
+def _listed(p: Problem, args: Args) -> dict[str, Any]:
+    """The cache's rows, and which of them each token has."""
+    return mosaic_sparse.keys(p, args, _kind(p).rows(p, args.cache.pages, INTERPRET))
 
 
 def _pages(p: Problem, args: Args) -> dict[str, Any]:
@@ -103,7 +115,7 @@ def attend(p: Problem, form: Form, x: Inputs) -> list[jax.Array]:
     slots = (form.workers + form.seqs, form.columns, ROWS)
     out = [*result_arrays(p, form)]
     out += [jax.ShapeDtypeStruct((*slots, LATENT), jnp.float32), jax.ShapeDtypeStruct(slots, jnp.float32)]
-    kind: Any = mosaic_sparse if p.topk else mosaic_float if p.kv_format.dtype.itemsize > 1 else mosaic_fp8
+    kind = _kind(p)
 
     def body(*refs, **scratch):
         ins, results = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]

@@ -1,16 +1,15 @@
-"""MLA over listed rows of FP8_DS_MLA: every token is a sequence whose keys are gathered row by row.
+"""MLA over listed keys: every token is a sequence whose rows are gathered one by one.
 
-A row is copied as it lies, 656 bytes to one landing place for each token of a tile; a slot that is none has a row of
-zeros copied. The warpgroups of the values then make f16 of their halves: codes times their tile's scale, which is
-exact, for scales are powers of two. They do so for the next tile while the queries' warpgroup has this one's logits.
-What f16 cannot hold is cut off: magnitudes past 57344 of a latent, and past 65504 of a query or a rotary part.
+A row is copied as it lies to a landing place; a slot that is none has a row of zeros copied. The warpgroups of the
+values then put their halves where the matrix unit can read them, `mosaic_sparse_rows` and `mosaic_sparse_float` tell
+how. They do so for the next tile while the queries' warpgroup has this one's logits.
 
 Shared memory is full to the last KiB: half of the query's latent and its rotary part are in registers, the query comes
 in, and results go out, through the memory of the tiles.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +18,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.batch import TILE, padded
-from pallas_attn.core.formats import E4M3
-from pallas_attn.core.latent_cache import DS_BYTES, DS_CODES, DS_SCALES
 from pallas_attn.ops.mla import mosaic_worker
 from pallas_attn.ops.mla.mosaic_form import HALF, ROPE, Form, Segment
 from pallas_attn.ops.mla.mosaic_worker import FAR, PART, add_product, stages, state
@@ -28,17 +25,13 @@ from pallas_attn.ops.mla.problem import Args, Problem
 from pallas_attn.ops.mla.terms import seen, tokens
 from pallas_attn.runtime.mosaic import ACC, OVER_COLUMNS, ROWS, Layout, swizzled
 
-WIDE, PAIR = jnp.float16, jnp.bfloat16  # what is multiplied; what a row's bytes past the codes are read as
-MOST = float(jnp.finfo(WIDE).max)
-MOST_SCALE = 128.0  # times 448 is the largest in f16
 LISTS = 4  # tiles' slots in flight
 TOGETHER = 8  # rows that one step of a loop asks for
-CODES = 16  # columns of one load: the row's pitch must be a multiple of them
 
 
-def keys(p: Problem, args: Args, interpret) -> dict[str, Any]:
-    """The cache as rows, and the slots of each token's keys, -1 for none, in tiles. Where all tokens have as many,
-    nothing is to be computed of the tiles before each."""
+def keys(p: Problem, args: Args, rows: tuple) -> dict[str, Any]:
+    """What of the inputs tells of keys: the cache's rows, as given, and the slots of each token's keys, -1 for none, in
+    tiles. Where all tokens have as many, nothing is to be computed of the tiles before each."""
     assert p.topk is not None
     assert args.topk is not None
     who = tokens(p, args)
@@ -56,47 +49,37 @@ def keys(p: Problem, args: Args, interpret) -> dict[str, Any]:
         before = jnp.pad(jnp.cumsum(-(-who.keys // TILE)).astype(jnp.int32), (1, 0))
     spare = padded(p.tokens) - p.tokens - 1
     return {
-        "pages": _rows(p, args.cache.pages, interpret), "page_table": slots.reshape(p.tokens, tiles, TILE),
+        "pages": rows, "page_table": slots.reshape(p.tokens, tiles, TILE),
         "kv_lens": who.keys, "cu_q_lens": jnp.asarray(np.arange(p.tokens + 1), jnp.int32),
         "live": jnp.full(1, p.tokens, jnp.int32),
         "before": jnp.pad(before, (0, spare), constant_values=np.iinfo(np.int32).max),
     }  # fmt: skip
 
 
-def _rows(p: Problem, pages, interpret) -> tuple:
-    """The cache's rows, then one of zeros; for the interpreter also as pairs of bytes."""
-    rows = pages.reshape(p.pages * p.page_size, DS_BYTES)
-    every = rows, jnp.zeros((1, DS_BYTES), jnp.uint8)
-    codes = [lax.bitcast_convert_type(x, E4M3) for x in every]
-    if interpret is None:
-        return tuple(codes)
-    pairs = [lax.bitcast_convert_type(x.reshape(len(x), -1, 2), PAIR) for x in every]
-    return codes[0], pairs[0], codes[1], pairs[1]
+def memory(p: Problem, form: Form, interpret, wide, landing) -> dict[str, Any]:
+    """Shared memory and barriers of a CTA. The interpreter knows no operands in registers.
 
-
-def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
-    """Shared memory and barriers of a CTA. The interpreter knows no operands in registers and no bytes that are read as
-    another type."""
-    half, rope = swizzled(WIDE, HALF), swizzled(WIDE, ROPE)
-    landing = [plgpu.SMEM((TILE, DS_BYTES), E4M3), plgpu.SMEM((TILE, DS_BYTES // 2), PAIR)]
-    raw = p.q_format.dtype
+    wide: the type that is multiplied; landing: buffers of rows as they lie, the last one all of them in a line.
+    """
+    half, rope, raw = swizzled(wide, HALF), swizzled(wide, ROPE), p.q_format.dtype
     return state(form) | {
         "memory": plgpu.RefUnion(
-            plgpu.SMEM((2, 2, TILE, HALF), WIDE, transforms=half),
+            plgpu.SMEM((2, 2, TILE, HALF), wide, transforms=half),
             plgpu.SMEM((2, 2, ROWS, HALF), raw, transforms=swizzled(raw, HALF)), *stages(p, PART),
         ),
         "ropes": plgpu.RefUnion(
-            plgpu.SMEM((2, TILE, ROPE), WIDE, transforms=rope),
+            plgpu.SMEM((2, TILE, ROPE), wide, transforms=rope),
             plgpu.SMEM((2, ROWS, ROPE), raw, transforms=swizzled(raw, ROPE)),
         ),
-        "operands": [plgpu.SMEM((ROWS, n), WIDE, transforms=swizzled(WIDE, min(n, 64))) for n in (
+        "operands": [plgpu.SMEM((ROWS, n), wide, transforms=swizzled(wide, min(n, 64))) for n in (
             (HALF,) if interpret is None else (HALF, HALF, ROPE)
         )],
-        "landing": landing if interpret else plgpu.RefUnion(*landing, plgpu.SMEM((TILE * DS_BYTES,), E4M3)),
+        "landing": plgpu.RefUnion(*landing) if interpret is None else landing[:-1],
         "q_ready": plgpu.Barrier(num_arrivals=3 * (ROWS // form.chunk)),
         "slots": plgpu.SMEM((LISTS, TILE), jnp.int32),
         "listed": plgpu.Barrier(num_barriers=LISTS),
-        "landed": plgpu.Barrier(num_arrivals=TILE * (1 if interpret is None else 2)),
+        "landed": plgpu.Barrier(num_arrivals=landing[0].shape[0] * (1 if interpret is None else len(landing) - 1)),
+        "read": plgpu.Barrier(num_arrivals=2),
         "q_taken": plgpu.Barrier(),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=2),
     }  # fmt: skip
@@ -108,12 +91,15 @@ class Worker(mosaic_worker.Worker):
 
     ropes: Any  # [slot, TILE, ROPE], which take the weights in the end, and the query's as it comes
     operands: Any  # what of the query is in shared memory
-    landing: Any  # rows as codes, as pairs of bytes, and all of them in a line
+    landing: Any  # rows
     slots: Any  # [tile, TILE]
     listed: Any
     landed: Any
     q_taken: Any
+    read: Any
     full: Any
+
+    bands: ClassVar[int]  # of rows, that land one after the other
 
     # The warpgroup of the queries
 
@@ -132,7 +118,9 @@ class Worker(mosaic_worker.Worker):
                 plgpu.copy_gmem_to_smem(source, raw.at[half, to], self.q_ready)
             plgpu.copy_gmem_to_smem(self.x.q_rope.at[rows], raw_rope.at[to], self.q_ready)
         plgpu.barrier_wait(self.q_ready)
-        first, second, rope = (_in_f16(plgpu.load(x, layout=Layout.WGMMA)) for x in (raw.at[0], raw.at[1], raw_rope))
+        first, second, rope = (
+            self.widened(plgpu.load(x, layout=Layout.WGMMA)) for x in (raw.at[0], raw.at[1], raw_rope)
+        )
         if self.interpret is None:
             self.operands[0][...] = second
             query = first, self.operands[0], rope
@@ -143,6 +131,14 @@ class Worker(mosaic_worker.Worker):
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.q_taken)
         return query
+
+    def widened(self, x):
+        """Numbers in the type that is multiplied; what f16 cannot hold is cut off."""
+        wide = self.memory[0].dtype
+        if x.dtype == wide:
+            return x
+        most = float(jnp.finfo(wide).max)
+        return jnp.clip(x.astype(jnp.float32), -most, most).astype(wide)
 
     def logits(self, s: Segment, query, t):
         """S [64, TILE] to base 2."""
@@ -183,7 +179,7 @@ class Worker(mosaic_worker.Worker):
         """Ask for the slots of the first tiles, then for the first rows."""
         for t in range(LISTS - 1):
             self.fetch_slots(s, jnp.int32(t))
-        pl.when(s.count > 0)(lambda: self.gather(s, jnp.int32(0)))
+        pl.when(s.count > 0)(lambda: self.gather(s, jnp.int32(0), 0))
 
     def fetch_slots(self, s: Segment, t) -> None:
         """Ask for the slots of a tile."""
@@ -194,71 +190,55 @@ class Worker(mosaic_worker.Worker):
             )
         )
 
-    def gather(self, s: Segment, t) -> None:
-        """Ask for the warpgroup's half of a tile's rows."""
-        place = lax.rem(t, jnp.int32(LISTS))
-        plgpu.barrier_wait(self.listed.at[place])
-        first, listed = self.role * (TILE // 2), s.seq.kv_len - (s.tile0 + t) * TILE
-
-        cache, zeros = self.x.pages[: len(self.x.pages) // 2], self.x.pages[len(self.x.pages) // 2 :]
+    def gather(self, s: Segment, t, band: int) -> None:
+        """Ask for the warpgroup's share of a band of a tile's rows."""
+        place, share = lax.rem(t, jnp.int32(LISTS)), TILE // self.bands // 2
+        if band == 0:
+            plgpu.barrier_wait(self.listed.at[place])
+        first, listed = band * 2 * share, s.seq.kv_len - (s.tile0 + t) * TILE
+        half = len(self.x.pages) // 2
+        cache, zeros = self.x.pages[:half], self.x.pages[half:]
 
         def some(i, carry):
             for j in range(TOGETHER):
-                row = first + i * TOGETHER + j
-                slot = self.slots[place, row]
-                real = (slot >= 0) & (slot < self.x.pages[0].shape[0]) & (row < listed)
+                row = self.role * share + i * TOGETHER + j
+                slot = self.slots[place, first + row]
+                real = (slot >= 0) & (slot < self.x.pages[0].shape[0]) & (first + row < listed)
                 pl.when(real)(lambda row=row, slot=slot: self.copy_row(cache, slot, row))
                 pl.when(~real)(lambda row=row: self.copy_row(zeros, 0, row))
             return carry
 
-        lax.fori_loop(0, TILE // 2 // TOGETHER, some, jnp.int32(0))
+        lax.fori_loop(0, share // TOGETHER, some, jnp.int32(0))
 
     def copy_row(self, sources, slot, row) -> None:
         """Start the copy of one row to its place."""
         if self.interpret is None:
-            to = self.landing[2].at[pl.ds(row * DS_BYTES, DS_BYTES)]
+            size = sources[0].shape[1]
             inside = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # makes it a plain copy of bytes
+            to = self.landing[-1].at[pl.ds(row * size, size)]
             plgpu.copy_gmem_to_smem(sources[0].at[slot], to, self.landed, oob_mode=inside)
             return
         for source, to in zip(sources, self.landing, strict=True):
             plgpu.copy_gmem_to_smem(source.at[slot], to.at[row], self.landed)
 
     def widen(self, s: Segment, t) -> None:
-        """The warpgroup's half of a tile in f16; once both are there, the rows of the next one are asked for."""
+        """A tile made ready for the matrix unit; whenever all that has landed is read, the next rows are asked for."""
         slot = lax.rem(t, jnp.int32(2))
-        plgpu.barrier_wait(self.landed)
-        self.find_scales()
-        layout, half = Layout.WGMMA_UPCAST_2X, self.memory[0].at[slot, self.role]
-        for group in range(HALF // 128):
-            scale = self.scale_tile.at[self.role, group]
-            scale = plgpu.load(scale, layout=layout.reduce(1), optimized=False).astype(WIDE)
-            for at in range(group * 128, (group + 1) * 128, 64):
-                pieces = [self.landing[0].at[:, pl.ds(self.role * HALF + at + i, CODES)] for i in range(0, 64, CODES)]
-                x = jnp.concatenate([plgpu.load(x, layout=layout, optimized=False) for x in pieces], axis=1)
-                half[:, pl.ds(at, 64)] = x.astype(WIDE) * lax.broadcast_in_dim(scale, (TILE, 64), [0])
-        pl.when(self.role == slot)(lambda: self.widen_rope(slot))  # each has every second one
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.full.at[slot])
-        plgpu.barrier_wait(self.full.at[slot])
-        pl.when(t + 1 < s.count)(lambda: self.gather(s, t + 1))
+        for band in range(self.bands):
+            plgpu.barrier_wait(self.landed)
+            self.convert(slot, band)
+            plgpu.commit_smem()
+            done = self.full.at[slot] if band + 1 == self.bands else self.read
+            plgpu.barrier_arrive(done)
+            plgpu.barrier_wait(done)
+            if band + 1 < self.bands:
+                self.gather(s, t, band + 1)
+        pl.when(t + 1 < s.count)(lambda: self.gather(s, t + 1, 0))
 
-    def find_scales(self) -> None:
-        """The scales of the half's two groups, for every row. They are powers of two: their upper halves, read as bf16,
-        are all there is of them."""
-        pairs = self.landing[1].at[:, pl.ds(DS_CODES // 2, 8)]
-        pairs = plgpu.load(pairs, layout=Layout.WGMMA, optimized=False).astype(jnp.float32)
-        column = plgpu.broadcasted_iota(jnp.int32, (TILE, 8), 1, layout=Layout.WGMMA)
-        for group in range(HALF // 128):
-            which = 2 * (self.role * (HALF // 128) + group) + 1
-            scale = jnp.sum(jnp.where(column == which, pairs, 0.0), axis=1)
-            self.scale_tile[self.role, group] = jnp.minimum(scale, MOST_SCALE)
-        plgpu.commit_smem()
-
-    def widen_rope(self, slot) -> None:
-        """The rotary part of a tile in f16, whole: a buffer of 64 columns cannot be written in parts."""
-        pieces = [self.landing[1].at[:, pl.ds(DS_SCALES // 2 + i, 8)] for i in range(0, ROPE, 8)]
-        rope = jnp.concatenate([plgpu.load(x, layout=Layout.WGMMA, optimized=False) for x in pieces], axis=1)
-        self.ropes[0][slot] = _in_f16(rope)
+    def convert(self, slot, band: int) -> None:
+        """The warpgroup's half of what has landed, and every second time the rotary part, to its place in the tile: a
+        buffer of 64 columns cannot be written in parts."""
+        raise NotImplementedError
 
     def begin_values(self, s: Segment):
         """The result so far, and the first tile widened."""
@@ -281,7 +261,3 @@ class Worker(mosaic_worker.Worker):
     def after_values(self, s: Segment) -> None:
         """No phase of a barrier is passed over, and the other warpgroup is done with the weights."""
         self.wait_free(s.count - 1)
-
-
-def _in_f16(x):
-    return jnp.clip(x.astype(jnp.float32), -MOST, MOST).astype(WIDE)
