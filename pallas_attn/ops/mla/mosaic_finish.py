@@ -52,11 +52,16 @@ def as_results(p: Problem, form: Form, arrays) -> tuple[jax.Array, ...]:
     return values.reshape(p.tokens, -1), scale
 
 
-def rounded(x, format: Format | None, dtype, scale):
-    """The one rounding of a result whose scale, if any, is known."""
+def rounded(x, format: Format | None, dtype, scale, layout, interpret):
+    """The one rounding of a result [rows, n] whose scale, if any, is known."""
     if format is None:
         return x.astype(dtype)
-    return to_codes(x * (1.0 / scale) if format.apply_scale == "reciprocal" else x / scale, format)
+    shape, how = (x.shape[:1], layout.reduce(1)) if format.apply_scale == "reciprocal" else (x.shape, layout)
+    full = lambda v: plgpu.layout_cast(jnp.full(shape, v, jnp.float32), how)  # noqa: E731
+    if format.apply_scale != "reciprocal":
+        return to_codes(divide(x, full(scale), how, interpret is not None), format)
+    factor = divide(full(1.0), full(scale), how, interpret is not None)
+    return to_codes(x * lax.broadcast_in_dim(factor, x.shape, [0]), format)
 
 
 def quantised(x, format: Format, layout, interpret) -> tuple[Any, Any]:
@@ -73,7 +78,7 @@ def quantised(x, format: Format, layout, interpret) -> tuple[Any, Any]:
 def finish(p: Problem, x, out_scale, layout, interpret) -> tuple[Any, list]:
     """(values, scales [rows] of each group) of a result [rows, 128 n] in float32."""
     if not grouped(p):
-        return rounded(x, p.out_format, p.out_dtype, out_scale), []
+        return rounded(x, p.out_format, p.out_dtype, out_scale, layout, interpret), []
     assert p.out_format is not None
     assert p.out_format.group is not None
     group = p.out_format.group
