@@ -240,7 +240,15 @@ def test_interpreted_listed(format, rng, monkeypatch):
 CELLS = [
     (format, heads, tokens, page_size, q_format)
     for format, q_format in (("BF16", None), ("F16", None), ("E4M3_TENSOR", None), ("E4M3_TENSOR", "E4M3_TOKEN_HEAD"))
-    for heads, tokens, page_size in ((128, 1, 64), (16, 1, 64), (128, 2, 16), (1, 3, 128), (40, 8, 32), (96, 1, 256))
+    for heads, tokens, page_size in (
+        (128, 1, 64),
+        (16, 1, 64),
+        (128, 2, 16),
+        (1, 3, 128),
+        (40, 8, 32),
+        (96, 1, 256),
+        (56, 1, 64),
+    )
 ]
 LONG = {"q_lens": (1,) * 6, "kv_lens": (1, 64, 1000, 5000, 700, 65)}
 

@@ -17,19 +17,21 @@ from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import LOG2E, ROWS, SMS, row_layout
 
 REGISTERS = 96  # of each thread for values that are on their way
+BANDS = LATENT // PART
 WAVES = 4  # CTAs for each SM that keep the memory busy
 
 
 def merge(p: Problem, form: Form, x: Inputs, results, partial, stats, interpret) -> list[jax.Array]:
     """The results, and the LSE [T * heads] if asked, from what the workers left. A CTA takes some rows of a sequence,
     of those PART columns."""
-    tall = min(form.chunk * (form.rows // form.chunk), ROWS)
-    while tall > 8 and form.seqs * (form.heads * form.tokens // tall) * (LATENT // PART) < WAVES * SMS:
-        tall = max(math.gcd(tall // 2, form.heads), 8)
+    tall = ROWS
+    while tall > form.rows or (tall > 8 and form.seqs * (form.heads * form.tokens // tall) * BANDS < WAVES * SMS):
+        tall //= 2
     tiles = -(-form.heads * form.tokens // tall)
     # All loads of a step overlap; as few steps as the registers allow, of the partial results to be expected.
-    expected, fit = form.workers // form.seqs + 2, max(REGISTERS // (tall * PART // 128), 1)
-    together = -(-expected // -(-expected // fit))
+    expected = form.workers // form.seqs + 2
+    fit = (REGISTERS // (tall // 8), REGISTERS // (tall * PART // 128))  # of sums, of values
+    together = tuple(-(-expected // -(-expected // max(n, 1))) for n in fit)
     memory = [jax.new_ref(r) for r in results]
     out = [jax.ShapeDtypeStruct((p.tokens * form.heads,), jnp.float32)] if p.return_lse else []
     arrays = (partial, stats, x.cu_q_lens, x.kv_lens, x.live, x.before, x.out_scale)
@@ -39,7 +41,7 @@ def merge(p: Problem, form: Form, x: Inputs, results, partial, stats, interpret)
         Merge(p, form, tall, together, ins, places, rest[:-2], rest[-2], rest[-1], interpret).run()
 
     kernel = plgpu.kernel(
-        combine, out_type=tuple(out), grid=(form.seqs, tiles, LATENT // PART), grid_names=("seq", "tile", "band"),
+        combine, out_type=tuple(out), grid=(form.seqs, tiles, BANDS), grid_names=("seq", "tile", "band"),
         scratch_types=[plgpu.SMEM((tall, PART), p.out_dtype), plgpu.SMEM((tall,), jnp.float32)], interpret=interpret,
     )  # fmt: skip
     lse = kernel(*arrays, *memory)
@@ -49,7 +51,7 @@ def merge(p: Problem, form: Form, x: Inputs, results, partial, stats, interpret)
 class Merge:
     """The body of the kernel."""
 
-    def __init__(self, p: Problem, form: Form, tall: int, together: int, ins, places, lse, tile, row_tile, interpret):
+    def __init__(self, p: Problem, form: Form, tall: int, together: tuple, ins, places, lse, tile, row_tile, interpret):
         self.p, self.form, self.tall, self.together, self.interpret = p, form, tall, together, interpret
         self.partial, self.stats, cu_q_lens, kv_lens, self.live, self.before, self.out_scale = ins
         nothing: Any = [None] * len(Inputs._fields)
@@ -79,25 +81,28 @@ class Merge:
         pl.when((self.real > 0) & wanted)(self.add_up)
         pl.when(self.number == 0)(lambda: self.clear(b))
 
-    def slots(self, i) -> list:
-        """(slot, what keeps it out of the sum) of the i-th partial results that are read together."""
-        index = [i * self.together + j for j in range(self.together)]
+    def slots(self, i, together: int) -> list:
+        """(slot, what keeps it out of the sum) of the i-th partial results of those that are read together."""
+        index = [i * together + j for j in range(together)]
         return [(self.first_slot + jnp.minimum(j, self.parts - 1), jnp.where(j < self.parts, 0.0, FAR)) for j in index]
 
-    def sums(self, i) -> list:
-        """The logarithms [tall] of some partial results' sums."""
+    def sums(self, slots: list) -> list:
+        """The logarithms [tall] of partial results' sums."""
         rows = pl.ds(self.at, self.tall)
         load = lambda s: plgpu.load(self.stats.at[s, self.column, rows], layout=self.of_rows, optimized=False)  # noqa: E731
-        return [load(slot) + far for slot, far in self.slots(i)]
+        return [load(slot) + far for slot, far in slots]
+
+    def steps(self, together: int):
+        """How often so many have to be read."""
+        return lax.div(self.parts + (together - 1), jnp.int32(together))
 
     def add_up(self) -> None:
         """The tile's LSE, then, if there are several partial results or none, its values."""
         zero = plgpu.layout_cast(jnp.zeros((self.tall,), jnp.float32), self.of_rows)
-        steps = lax.div(self.parts + (self.together - 1), jnp.int32(self.together))
 
         def count(i, state):
             top, total = state
-            each = self.sums(i)
+            each = self.sums(self.slots(i, self.together[0]))
             peak = top
             for s in each:
                 peak = jnp.maximum(peak, s)
@@ -106,29 +111,32 @@ class Merge:
                 total = total + jnp.exp2(s - peak)
             return peak, total
 
-        top, total = lax.fori_loop(0, steps, count, (zero + FAR, zero))
+        top, total = lax.fori_loop(0, self.steps(self.together[0]), count, (zero + FAR, zero))
         some = top > FAR / 2
         base = jnp.where(some, top + jnp.log2(jnp.where(some, total, 1.0)), 0.0)
         if self.lse is not None:
             lse = jnp.where(some, base / jnp.float32(LOG2E), -jnp.inf)
             pl.when(self.band == 0)(lambda: self.leave_lse(self.row, self.real, lse))
-        pl.when(self.parts != 1)(lambda: self.add_values(steps, base))
+        pl.when(self.parts != 1)(lambda: self.add_values(base))
 
-    def add_values(self, steps, base) -> None:
+    def add_values(self, base) -> None:
         """The sum of partial results, each with its weight."""
         shape, columns = (self.tall, PART), pl.ds(self.band * PART, PART)
         spread = lambda v: lax.broadcast_in_dim(v, shape, [0])  # noqa: E731
 
         def add(i, acc):
-            weights = [jnp.exp2(s - base) for s in self.sums(i)]
-            at = [(slot, self.column, pl.ds(self.at, self.tall), columns) for slot, _ in self.slots(i)]
+            slots = self.slots(i, self.together[1])
+            weights = [jnp.exp2(s - base) for s in self.sums(slots)]
+            at = [(slot, self.column, pl.ds(self.at, self.tall), columns) for slot, _ in slots]
             values = [plgpu.load(self.partial.at[a], layout=self.layout, optimized=False) for a in at]
             for value, weight in zip(values, weights, strict=True):
                 # A partial result that does not count may be anything.
                 acc = acc + jnp.where(spread(weight) > 0, value, 0.0) * spread(weight)
             return acc
 
-        acc = lax.fori_loop(0, steps, add, plgpu.layout_cast(jnp.zeros(shape, jnp.float32), self.layout))
+        acc = lax.fori_loop(
+            0, self.steps(self.together[1]), add, plgpu.layout_cast(jnp.zeros(shape, jnp.float32), self.layout)
+        )
         self.leave(acc, self.row, self.real, self.real)
 
     def leave(self, acc, row, real, scaled) -> None:
