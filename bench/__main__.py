@@ -1,4 +1,5 @@
-"""`python -m bench list | run | plot | tune`: the benchmark of paged attention, MLA, cache writes and gathers."""
+"""`python -m bench list | run | plot | tune`: the benchmark of paged attention, MLA, cache writes and gathers;
+`python -m bench indexer-accuracy`: what sparse attention answers with the indexer, and with two bugs."""
 
 import argparse
 import dataclasses
@@ -43,8 +44,13 @@ def main(argv: list[str] | None = None) -> None:
     search = commands.add_parser("tune", help="time the decode kernel's configurations, keep the best in its table")
     search.add_argument("--case", default="*", help="a name or a pattern")
     search.add_argument("--processes", type=int, default=12, help="that compile beside each other")
+    answers = commands.add_parser("indexer-accuracy", help="right answers of a trained model with sparse attention")
+    answers.add_argument("--logs", type=int, default=4, help="of every length")
+    answers.add_argument("--length", type=int, action="append", help="default 2048, 4096, 8192")
     args = parser.parse_args(argv)
-    {"list": show, "run": run, "plot": draw, "tune": search_configs}[args.command](args)
+    {"list": show, "run": run, "plot": draw, "tune": search_configs, "indexer-accuracy": indexer_accuracy}[
+        args.command
+    ](args)
 
 
 def chosen(args: argparse.Namespace) -> list[AnyCase]:
@@ -114,6 +120,13 @@ def search_configs(args: argparse.Namespace) -> None:
     from bench.tune import tune
 
     tune(args.case, args.processes)
+
+
+def indexer_accuracy(args: argparse.Namespace) -> None:
+    """Print the table of right answers."""
+    from bench.indexer import accuracy
+
+    accuracy.show(args.logs, args.length or accuracy.LENGTHS)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 os.environ.setdefault("PJRT_NPROC", "16")
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -24,6 +25,14 @@ def backend(request):
     """Every portable backend, refusals being errors."""
     with pa.strict():
         yield request.param
+
+
+@pytest.fixture
+def without_type_checks():
+    """The suite checks annotations at run time; users do not: here the library's own checks must speak."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_sessionstart():

@@ -4,21 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from problems import LAYOUTS, make
 
 import pallas_attn as pa
 
-
-@pytest.fixture(autouse=True)
-def without_type_checks():
-    """The suite checks annotations at run time; users do not: here the library's own checks must speak."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
+pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 OK = {"num_pages": 4, "page_size": 16, "kv_heads": 2, "head_dim": 32}
 BATCH = pa.RaggedBatch(jnp.zeros((2, 3), jnp.int32), jnp.array([20, 3], jnp.int32), jnp.array([0, 1, 4], jnp.int32))

@@ -6,7 +6,6 @@ import functools
 import goldens
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import oracle
 import pytest
@@ -253,14 +252,6 @@ def test_gradient_of_scales(format, rng):
 
 
 # ---------------------------------------------------------------- bad input
-
-
-@pytest.fixture
-def without_type_checks():
-    """The suite checks annotations at run time; users do not: here the library's own checks must speak."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 CACHE = pa.PagedKVCache.allocate(4, 16, 2, 32, format=pa.F32)

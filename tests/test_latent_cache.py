@@ -6,7 +6,6 @@ import functools
 import goldens
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -379,14 +378,6 @@ def test_scan_over_layers_copies_no_cache(rng):
 
 
 # ---------------------------------------------------------------- bad input
-
-
-@pytest.fixture
-def without_type_checks():
-    """The suite checks annotations at run time; users do not: here the library's own checks must speak."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 CACHE = pa.LatentCache.allocate(4, 16, 32, 8, format=pa.F32)

@@ -4,7 +4,6 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -125,14 +124,6 @@ BAD = {
     "integers": ([OUT.astype(jnp.int32)], [LSE], "outs: got int32"),
     "transposed": ([OUT], [LSE.T], r"lses: got shape \(3, 5\); \[tokens, heads\]"),
 }
-
-
-@pytest.fixture
-def without_type_checks():
-    """The library's own checks must speak."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("name", BAD)

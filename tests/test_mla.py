@@ -4,8 +4,8 @@ import functools
 
 import goldens
 import jax
+import jax.export
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import oracle
 import pytest
@@ -436,6 +436,21 @@ def test_layers_in_a_scan(rng):
         np.testing.assert_allclose(np.asarray(scanned[i]), np.asarray(want), rtol=1e-5, atol=1e-6)
 
 
+def test_export_round_trip(backend, rng):
+    """A written and attended step, serialised; its argument and result trees travel as leaves."""
+    problem = make(rng, "FP8_DS_MLA", q_lens=(1, 3), kv_lens=(9, 33))
+    leaves, tree = jax.tree.flatten(problem.arguments())
+
+    def step(*leaves):
+        q_latent, q_rope, cache, batch = jax.tree.unflatten(tree, leaves)
+        nowhere = jnp.full(q_latent.shape[0], -1, jnp.int32)
+        cache = pa.write_latent(cache, q_latent[:, 0], q_rope[:, 0], nowhere, backend=backend)
+        return attend(q_latent, q_rope, cache, batch, backend=backend)
+
+    again = jax.export.deserialize(jax.export.export(jax.jit(step))(*leaves).serialize())
+    assert_close(again.call(*leaves), problem.expected(SCALE))
+
+
 # ---------------------------------------------------------------- hypothesis
 
 SEQS, TOKENS, WIDTH, PAGE, PAGES = 4, 24, 4, 16, 20
@@ -526,14 +541,6 @@ def test_non_absorbed_prefill_in_chunks(chunk, backend, rng):
 
 
 # ---------------------------------------------------------------- bad input
-
-
-@pytest.fixture
-def without_type_checks():
-    """The suite checks annotations at run time; users do not: here the library's own checks must speak."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 CACHE = pa.LatentCache.allocate(4, 16, 32, 8, format=pa.F32)

@@ -142,14 +142,17 @@ def test_interpreted(cell, rng, monkeypatch):
 
 
 def lower(*cell, config=None):
+    return lowered(mosaic_decode, config, *abstract(*cell))
+
+
+def lowered(module, config, q, cache, batch, options):
     """Lower for a GPU that is not there: layouts, transforms and shared memory are checked."""
-    q, cache, batch, options = abstract(*cell)
 
     def step(q, cache, batch):
         if config is None:
             return pa.paged_attention(q, cache, batch, backend="mosaic", **options)
         p, args = prepare(q, cache, batch, **options)
-        return mosaic_decode.run(p, *args, config=config)
+        return module.run(p, *args, config=config)
 
     return jax.jit(step).trace(q, cache, batch).lower(lowering_platforms=("cuda",)).as_text()
 

@@ -17,7 +17,19 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from problems import FORMATS, library_options, make
 from test_golden import assert_matches_upstream, library_problem
-from test_mosaic_decode import DTYPES, OPTIONS, SEQS, SINKS, S, abstract, compare, into_nan, on_gpu, options_for
+from test_mosaic_decode import (
+    DTYPES,
+    OPTIONS,
+    SEQS,
+    SINKS,
+    S,
+    abstract,
+    compare,
+    into_nan,
+    lowered,
+    on_gpu,
+    options_for,
+)
 
 import pallas_attn as pa
 from pallas_attn.core.caches import abstract_cache
@@ -88,9 +100,12 @@ def interpreted(q, cache, batch, **options):
 INTERPRETED = [
     ("E4M3_TENSOR", "NHD", 16, 64, (8, 2), "bf16", "sinks", ((1, 40, 0, 3), (9, 100, 0, 70))),
     ("E5M2_TOKEN_HEAD", "HND", 128, 64, (4, 1), "E4M3_TOKEN_HEAD", "window", ((70,), (200,))),
+]
+SLOW = [
     ("INT8_TOKEN_HEAD", "PACKED", 64, 64, (2, 2), "f16", "plain", ((2, 70), (2, 90))),
     ("BF16", "INTERLEAVED", 32, 64, (16, 1), "bf16", "all", ((9, 1), (140, 65))),
 ]
+INTERPRETED += [pytest.param(cell, marks=pytest.mark.slow) for cell in SLOW]
 
 
 @pytest.mark.parametrize("cell", INTERPRETED, ids=lambda c: "-".join(map(str, c)))
@@ -128,8 +143,7 @@ def test_unequal_dims_lower(format):
     q, cache, batch, options = call((format, "NHD", 64, 192, (16, 16), "bf16", "plain", "mixed"))
     values = abstract_cache(getattr(pa, format), pa.NHD, pages=64, page_size=64, heads=16, dim=128, seqs=SEQS).v
     cache = dataclasses.replace(cache, v=values)
-    step = lambda *args: pa.paged_attention(*args, backend="mosaic", **options)  # noqa: E731
-    text = jax.jit(step).trace(q, cache, batch).lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered(mosaic, None, q, cache, batch, options)
     assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 1
 
 
@@ -143,16 +157,7 @@ def test_heads_of_a_block():
 
 
 def lower(cell, config=None):
-    """Lower for a GPU that is not there: layouts, transforms and shared memory are checked."""
-    q, cache, batch, options = call(cell)
-
-    def step(q, cache, batch):
-        if config is None:
-            return pa.paged_attention(q, cache, batch, backend="mosaic", **options)
-        p, args = prepare(q, cache, batch, **options)
-        return mosaic_prefill.run(p, *args, config=config)
-
-    return jax.jit(step).trace(q, cache, batch).lower(lowering_platforms=("cuda",)).as_text()
+    return lowered(mosaic_prefill, config, *call(cell))
 
 
 LOWERED = [
@@ -179,8 +184,7 @@ def test_one_sequence_is_one_launch():
     q, cache, batch, options = call(LOWERED[0])
     batch = dataclasses.replace(batch, page_table=S((1, 8), jnp.int32), kv_lens=S((1,), jnp.int32))
     batch = dataclasses.replace(batch, cu_q_lens=S((2,), jnp.int32))
-    step = lambda *args: pa.paged_attention(*args, backend="mosaic", **options)  # noqa: E731
-    text = jax.jit(step).trace(q, cache, batch).lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered(mosaic, None, q, cache, batch, options)
     assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 1
 
 

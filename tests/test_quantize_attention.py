@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from problems import make
@@ -102,17 +101,14 @@ REFUSED = {
 }
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_input(name):
     out, fix = REFUSED[name]
     cache = pa.PagedKVCache.allocate(4, 16, 2, 64, format=pa.F32)
     batch = pa.RaggedBatch(jnp.zeros((2, 3), jnp.int32), jnp.array([20, 3]), jnp.array([0, 1, 4]))
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(pa.InvalidInput, match=f"out.*{fix}"):
-            pa.paged_attention(jnp.zeros((4, 4, 64)), cache, batch, out=out)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    with pytest.raises(pa.InvalidInput, match=f"out.*{fix}"):
+        pa.paged_attention(jnp.zeros((4, 4, 64)), cache, batch, out=out)
 
 
 def test_a_float_format_is_its_type():

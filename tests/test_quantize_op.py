@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import ml_dtypes
 import numpy as np
 import oracle
@@ -51,7 +50,12 @@ def memory(format, scale):
 PACKED = pa.e4m3_group(64, ue8m0=True, order="tma", packed=True)
 
 
-@pytest.mark.parametrize(("format", "shape"), [*((f, (2, 5, 384)) for f in GROUP_FORMATS), (PACKED, (4, 256))], ids=str)
+GROUPS = [(f, (2, 5, 384), "xla") for f in GROUP_FORMATS]
+GROUPS += [(f, (2, 5, 384), "reference") for f in GROUP_FORMATS if f.group == 128]
+GROUPS += [(PACKED, (4, 256), "xla"), (PACKED, (4, 256), "reference")]
+
+
+@pytest.mark.parametrize(("format", "shape", "backend"), GROUPS, indirect=["backend"], ids=str)
 def test_groups(format, shape, backend, rng):
     """Values, scales in memory, the way back, and the same values for the scales when they are given."""
     x = numbers(rng, *shape)
@@ -107,15 +111,7 @@ def test_nvfp4_ties_go_to_even_codes(backend):
     strict_equal(np.asarray(got.values), halves(x.astype(F4)))
 
 
-def test_nan_stays_in_its_block(backend):
-    x = jnp.ones((2, 32)).at[1, 20].set(jnp.nan)
-    got = np.asarray(pa.dequantize(pa.quantize(x, pa.NVFP4, 0.01, backend=backend)))
-    assert np.isnan(got[1, 16:]).all()
-    np.testing.assert_allclose(got[0], 1, rtol=0.1)
-    assert not np.isnan(got[1, :16]).any()
-
-
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", [n for n in BY_NAME if "GROUP" not in n])
 def test_backends_agree(name, rng):
     """And so do eager and compiled calls, with bfloat16 as input."""
     x = jnp.asarray(numbers(rng, 5, 2, 128), jnp.bfloat16)
@@ -124,7 +120,7 @@ def test_backends_agree(name, rng):
         jax.tree.map(lambda g, w: strict_equal(np.asarray(g), np.asarray(w)), got, want)
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", [n for n in BY_NAME if "GROUP" not in n or "128_UE8M0" in n])
 def test_vmap(name, rng):
     x = jnp.asarray(numbers(rng, 3, 2, 5, 128))
     got = jax.vmap(lambda x: pa.quantize(x, BY_NAME[name]), in_axes=1)(x)
@@ -143,18 +139,19 @@ def test_vmap_of_known_scales(format, rng):
         strict_equal(np.asarray(got), np.stack([q.values for q in each]))
 
 
-@pytest.mark.parametrize("name", ["E4M3_STATIC", "E4M3_GROUP128", "E4M3_GROUP64_UE8M0_TMA_PACKED", "NVFP4"])
+@pytest.mark.parametrize("name", ["E4M3_STATIC", "E4M3_GROUP128", "NVFP4"])
 def test_derivatives_are_those_of_plain_jnp(name, rng):
     format, x = BY_NAME[name], jnp.asarray(rng.standard_normal((3, 128)), jnp.float32)
     given = jnp.float32(0.3) if name == "E4M3_STATIC" else None
-    results = []
-    for quantize in (pa.quantize, quantized.quantize):
-        back = lambda x, quantize=quantize: pa.dequantize(quantize(x, format, given))  # noqa: E731
-        slope = jax.jvp(back, (x,), (jnp.cos(x),))[1]
-        results.append((slope, jax.jit(jax.grad(lambda x, back=back: jnp.sum(jnp.sin(back(x)))))(x)))
-    for got, want in zip(*results, strict=True):
-        strict_equal(np.asarray(got), np.asarray(want))
-    assert np.any(np.asarray(results[0][1]) != 0)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def derivatives(x, quantize):
+        back = lambda x: pa.dequantize(quantize(x, format, given))  # noqa: E731
+        return jax.jvp(back, (x,), (jnp.cos(x),))[1], jax.grad(lambda x: jnp.sum(jnp.sin(back(x))))(x)
+
+    got, want = derivatives(x, pa.quantize), derivatives(x, quantized.quantize)
+    jax.tree.map(lambda g, w: strict_equal(np.asarray(g), np.asarray(w)), got, want)
+    assert np.any(np.asarray(got[0]) != 0)
 
 
 @pytest.mark.parametrize("name", ["E4M3_GROUP128_TMA", "NVFP4"])
@@ -166,14 +163,17 @@ def test_fake_quantize(name, rng):
 
 
 def test_shard_map(rng):
-    x = jnp.asarray(numbers(rng, 4, 256))
-    axes = Mesh(np.array(jax.devices()[:1]), ("t",)), PartitionSpec("t")
-    sharded = jax.shard_map(
-        lambda x: pa.quantize(x, pa.e4m3_group(128)), mesh=axes[0], in_specs=axes[1], out_specs=axes[1]
-    )
-    jax.tree.map(
-        lambda g, w: strict_equal(np.asarray(g), np.asarray(w)), sharded(x), pa.quantize(x, pa.e4m3_group(128))
-    )
+    """Results vary over the axes that x varies over: a loop may carry them, and nobody takes them for replicated."""
+    x, format = jnp.asarray(numbers(rng, 4, 256)), pa.e4m3_group(128)
+    mesh, spec = Mesh(np.array(jax.devices()[:1]), ("t",)), PartitionSpec("t")
+
+    def body(x):
+        return jax.lax.scan(lambda x, _: (pa.dequantize(pa.quantize(x, format)), None), x, None, length=2)[0]
+
+    sharded = functools.partial(jax.shard_map, body, mesh=mesh, in_specs=spec)
+    strict_equal(np.asarray(sharded(out_specs=spec)(x)), np.asarray(body(x)))
+    with pytest.raises(ValueError, match="replication"):
+        sharded(out_specs=PartitionSpec())(x)
 
 
 def test_one_primitive():
@@ -204,12 +204,9 @@ REFUSED = {
 }
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_input(name):
     call, argument, fix = REFUSED[name]
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(pa.InvalidInput, match=f"{argument}.*{fix}"):
-            call()
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    with pytest.raises(pa.InvalidInput, match=f"{argument}.*{fix}"):
+        call()

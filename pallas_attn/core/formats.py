@@ -58,6 +58,7 @@ class Format:
     ue8m0: bool = False  # scales are powers of two
     order: Order = "row"
     scale_type: Literal["float32", "int32", "e4m3"] = "float32"
+    exponents: bool = False  # a cache of raw bytes keeps the exponent of a ue8m0 scale, four times, not the float32
     tolerance: Tolerance = LOOSE
 
     @property
@@ -128,6 +129,10 @@ INT8_TOKEN_HEAD = dataclasses.replace(E4M3_TOKEN_HEAD, name="INT8_TOKEN_HEAD", d
 # The sparse indexer's keys (vLLM csrc/cache_kernels.cu, indexer_k_quant_and_cache) and the latent part of the
 # 656-byte MLA row (concat_and_cache_ds_mla): one floors amax, the other the scale; both round it up to a power of two.
 INDEX_K = Format("INDEX_K", E4M3, "group", group=128, amax_floor=1e-4, ue8m0=True)
+INDEX_K_F32 = dataclasses.replace(INDEX_K, name="INDEX_K_F32", ue8m0=False)
+INDEX_K_EXPONENT = dataclasses.replace(INDEX_K, name="INDEX_K_EXPONENT", exponents=True)
+# Its queries, one scale per token and head (vLLM's unfused and fused q quantisers).
+INDEX_Q = dataclasses.replace(INDEX_K, name="INDEX_Q", amax_floor=1e-10)
 FP8_DS_MLA = Format("FP8_DS_MLA", E4M3, "group", group=128, scale_floor=1e-4, ue8m0=True)
 
 
@@ -173,6 +178,8 @@ KV_FORMATS = (
     *FLOAT_FORMATS, E4M3_TENSOR, E5M2_TENSOR, E4M3_HEAD, E5M2_HEAD, E4M3_SEQ_HEAD, E5M2_SEQ_HEAD,
     E4M3_TOKEN_HEAD, E5M2_TOKEN_HEAD, INT8_TOKEN_HEAD,
 )  # fmt: skip
+
+INDEX_FORMATS = (INDEX_K, INDEX_K_F32, INDEX_K_EXPONENT)
 
 
 def float_format(dtype) -> Format | None:

@@ -12,6 +12,7 @@ from pallas_attn.runtime.op import Call, primitive
 NEAR = 12  # steps after an attention within which a quantisation counts as one of its result
 WIDE = (jnp.bfloat16, jnp.float32)  # types that no result of attention overflows
 CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
+LINKS = ("reshape", "convert_element_type", "transpose", "dot_general", "pvary")
 PARTS = ("token", "head", "value")  # axes of a result
 
 
@@ -106,7 +107,7 @@ class Graph:
             return None  # its scale alone comes from an attention
         while self.distance[v]:
             eqn = self.maker[v]
-            if eqn.primitive.name not in ("reshape", "convert_element_type", "transpose", "dot_general"):
+            if eqn.primitive.name not in LINKS:
                 raise Refused(f"{eqn.primitive.name} stands between")
             self._only_use(v)
             links.insert(0, eqn)

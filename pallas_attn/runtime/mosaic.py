@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray, Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -46,7 +47,7 @@ def divide(x: jax.Array, y: jax.Array, layout, interpret: bool) -> jax.Array:
     """x / y in float32, rounded once. The division sign is not that in a kernel: XLA sets a flag for all of its process
     by which LLVM takes an approximate one."""
     if interpret:
-        return x / y
+        return x / lax.optimization_barrier(y)  # or XLA multiplies by the reciprocal of a constant
 
     @plgpu.inline_mgpu(
         arg_types=(layout, layout), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout)

@@ -3,6 +3,7 @@ vmapped by the op's own rule, differentiated through the op's vjp."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,8 +39,14 @@ def apply(op: Op, problem: Any, args: Any, backend: str | None = None) -> tuple[
         wanted = dispatch.named(op, problem, wanted)
     leaves, tree = jax.tree.flatten(args)
     call = Call(op.name, problem, tree, wanted, policy.strict)
-    leaves = map(jnp.asarray, leaves)
-    return tuple(primitive.bind(*leaves, call=call)) if op.vjp is None else _differentiable(call, *leaves)
+    leaves = [jnp.asarray(x) for x in leaves]
+    return _differentiable(call, *leaves) if op.vjp else _varying(primitive.bind(*leaves, call=call), leaves)
+
+
+def _varying(results, leaves) -> tuple[jax.Array, ...]:
+    """Inside of shard_map results vary over every mesh axis that an argument varies over."""
+    axes = tuple(sorted(frozenset().union(*(jax.typeof(x).mat.varying for x in leaves))))
+    return tuple(jax.lax.pcast(x, axes, to="varying") if axes else x for x in results)
 
 
 def _run(*leaves, call: Call, platform: str):
@@ -142,3 +149,19 @@ _differentiable.defvjp(_forward, _backward)
 def differentiable(x) -> bool:
     """Whether a leaf can carry a gradient: a float wider than 8 bits."""
     return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
+
+
+def pull_back(run: Callable, args, cotangents: tuple) -> list[jax.Array | None]:
+    """Cotangents of the flattened arguments: back through `run(*args)`, a portable backend's, to every leaf that can
+    carry a gradient. Results that are integers have no cotangent."""
+    leaves, tree = jax.tree.flatten(args)
+    mine = [i for i, x in enumerate(leaves) if differentiable(x)]
+
+    def of_floats(*floats):
+        given = dict(zip(mine, floats, strict=True))
+        results = run(*jax.tree.unflatten(tree, [given.get(i, x) for i, x in enumerate(leaves)]))
+        return [x for x in results if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    _, pull = jax.vjp(of_floats, *(leaves[i] for i in mine))
+    found = dict(zip(mine, pull([c for c in cotangents if c.dtype != jax.dtypes.float0]), strict=True))
+    return [found.get(i) for i in range(len(leaves))]

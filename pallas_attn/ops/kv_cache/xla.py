@@ -1,10 +1,13 @@
 """Cache writes as one scatter a buffer: the portable backend. In place where the cache is donated."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_attn.ops.kv_cache.problem import Args, Problem, place, rows
+from pallas_attn.runtime.op import pull_back
 
 
 def supports(p: Problem) -> str | None:
@@ -38,12 +41,9 @@ def _write_scale(p: Problem, scale: Array, page: Array, slot: Array, found: Arra
 
 def vjp(p: Problem, args: Args, cotangents: tuple) -> list[Array | None]:
     """Cotangents of the flattened arguments: the scatter's transpose for a float cache, none for a quantised one."""
-    leaves, tree = jax.tree.flatten(args)
     if p.format.quantized:
-        return [None] * len(leaves)
-    *floats, slots = leaves
-    _, pull = jax.vjp(lambda *xs: tuple(run(p, *jax.tree.unflatten(tree, [*xs, slots]))), *floats)
-    return [*pull(tuple(cotangents)), None]
+        return [None] * len(jax.tree.leaves(args))
+    return pull_back(functools.partial(run, p), args, cotangents)
 
 
 def fold(p: Problem, args: Args, mapped: Args, n: int, backend: str | None) -> list[Array] | None:

@@ -1,12 +1,14 @@
 """The latent gather as one XLA gather with the scales behind it: the portable backend."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_attn.core.layouts import as_bytes, from_bytes
 from pallas_attn.ops.latent_cache.gather_problem import Args, Problem, sources
-from pallas_attn.runtime.op import differentiable
+from pallas_attn.runtime.op import pull_back
 
 
 def supports(p: Problem) -> str | None:
@@ -27,15 +29,6 @@ def run(p: Problem, *arrays):
 
 def vjp(p: Problem, args: Args, cotangents: tuple) -> list[Array | None]:
     """Cotangents of the flattened arguments: the gather's transpose into a float cache, and of the scale."""
-    leaves, tree = jax.tree.flatten(args)
-    mine = [i for i, x in enumerate(leaves) if differentiable(x)]
     if p.dtype is None and p.format.quantized:
-        return [None] * len(leaves)
-
-    def gathered(*floats):
-        given = dict(zip(mine, floats, strict=True))
-        return run(p, *jax.tree.unflatten(tree, [given.get(i, x) for i, x in enumerate(leaves)]))[0]
-
-    _, pull = jax.vjp(gathered, *(leaves[i] for i in mine))
-    found = dict(zip(mine, pull(cotangents[0]), strict=True))
-    return [found.get(i) for i in range(len(leaves))]
+        return [None] * len(jax.tree.leaves(args))
+    return pull_back(functools.partial(run, p), args, cotangents)

@@ -1,6 +1,7 @@
 """Latent cache writes as one scatter: the portable backend. In place where the cache is donated."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jaxtyping import Array
 
 from pallas_attn.core.layouts import as_bytes, from_bytes
 from pallas_attn.ops.latent_cache.write_problem import Args, Problem, place
+from pallas_attn.runtime.op import pull_back
 
 
 def supports(p: Problem) -> str | None:
@@ -25,12 +27,9 @@ def run(p: Problem, *arrays):
 
 def vjp(p: Problem, args: Args, cotangents: tuple) -> list[Array | None]:
     """Cotangents of the flattened arguments: the scatter's transpose for a float cache, none for a quantised one."""
-    leaves, tree = jax.tree.flatten(args)
     if p.format.quantized:
-        return [None] * len(leaves)
-    *floats, slots = leaves
-    _, pull = jax.vjp(lambda *xs: tuple(run(p, *jax.tree.unflatten(tree, [*xs, slots]))), *floats)
-    return [*pull(tuple(cotangents)), None]
+        return [None] * len(jax.tree.leaves(args))
+    return pull_back(functools.partial(run, p), args, cotangents)
 
 
 def fold(p: Problem, args: Args, mapped: Args, n: int, backend: str | None) -> list[Array] | None:

@@ -27,8 +27,8 @@ from pallas_attn.core.quantized import Quantized
 from pallas_attn.ops.paged_attention import mosaic_prefill_compute
 from pallas_attn.ops.paged_attention.mosaic_config import FP8
 from pallas_attn.ops.paged_attention.mosaic_prefill_compute import Computer
-from pallas_attn.ops.paged_attention.mosaic_prefill_crew import CELLS, Loader, Preparer
-from pallas_attn.ops.paged_attention.mosaic_prefill_plan import WARPGROUPS, Form, Inputs
+from pallas_attn.ops.paged_attention.mosaic_prefill_crew import NEWS, Loader, Preparer
+from pallas_attn.ops.paged_attention.mosaic_prefill_plan import NUMBERS, WARPGROUPS, Form, Inputs
 from pallas_attn.ops.paged_attention.problem import Args, Problem
 from pallas_attn.runtime.mosaic import ROWS, SHARED, SMS, swizzled
 
@@ -174,10 +174,10 @@ def scratch_of(p: Problem, form: Form) -> dict[str, Any]:
         "row_values": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "k_ring": tiles(form.keys, p.head_dim, stored),
         "v_ring": tiles(form.values, p.v_head_dim, stored),
-        "cells": plgpu.SMEM((CELLS,), jnp.int32),
+        "news": plgpu.SMEM((NEWS, NUMBERS), jnp.int32),
         "ticket": plgpu.SMEM((1,), jnp.int32),
-        "cell_here": barrier(num_barriers=CELLS),
-        "cell_used": barrier(num_arrivals=WARPGROUPS + 1, num_barriers=CELLS),
+        "news_here": barrier(num_barriers=NEWS),
+        "news_used": barrier(num_arrivals=WARPGROUPS + 1, num_barriers=NEWS),
         "q_here": barrier(num_arrivals=1 if form.part == 1 else form.span, num_barriers=WARPGROUPS),
         "q_used": barrier(num_barriers=WARPGROUPS),
         "k_here": barrier(num_arrivals=pages, num_barriers=form.keys),

@@ -8,13 +8,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_attn.ops.paged_attention.mosaic_prefill_plan import WARPGROUPS, Block, Form, Inputs, locate
+from pallas_attn.ops.paged_attention.mosaic_prefill_plan import NUMBERS, WARPGROUPS, Block, Form, Inputs, locate
 from pallas_attn.ops.paged_attention.problem import Problem
 from pallas_attn.runtime.mosaic import ROWS, Layout, row_layout, take_ticket, token_layout
 
 # Registers of a thread that prepares and of one that loads; those that compute have 200: of four times 128.
 PREPARES, LOADS = 88, 24
-CELLS = 2  # blocks whose number is on its way to the other warpgroups
+NEWS = 2  # blocks that the other warpgroups are told of and have yet to see
 
 
 @dataclasses.dataclass
@@ -31,10 +31,10 @@ class Crew:
     row_values: Any
     k_ring: Any
     v_ring: Any
-    cells: Any
+    news: Any
     ticket: Any
-    cell_here: Any
-    cell_used: Any
+    news_here: Any
+    news_used: Any
     q_here: Any
     q_used: Any
     k_here: Any
@@ -63,23 +63,21 @@ class Crew:
 
     def each_block(self, body) -> Any:
         """body(block, tiles of the blocks before) for every block of the CTA; the tiles of all."""
-        p, form = self.p, self.form
 
-        def receive(n):
-            slot = lax.rem(n, CELLS)
-            plgpu.barrier_wait(self.cell_here.at[slot])
-            cell = self.cells[slot]
-            plgpu.barrier_arrive(self.cell_used.at[slot])
-            return cell
+        def receive(n) -> Block:
+            slot = lax.rem(n, NEWS)
+            plgpu.barrier_wait(self.news_here.at[slot])
+            block = Block.get(self.news.at[slot])
+            plgpu.barrier_arrive(self.news_used.at[slot])
+            return block
 
         def step(state):
-            n, cell, tiles = state
-            block = locate(p, form, self.x, cell)
-            pl.when(block.some)(lambda: body(block, tiles))
-            return n + 1, receive(n + 1), tiles + jnp.where(block.some, block.count, 0)
+            n, tiles, block = state
+            body(block, tiles)
+            return n + 1, tiles + block.count, receive(n + 1)
 
-        first = jnp.int32(0), receive(jnp.int32(0)), jnp.int32(0)
-        return lax.while_loop(lambda state: state[1] < form.cells(p), step, first)[2]
+        first = jnp.int32(0), jnp.int32(0), receive(jnp.int32(0))
+        return lax.while_loop(lambda state: state[2].count > 0, step, first)[1]
 
     def drain(self, barriers, slots: int, count) -> None:
         """Wait for the last uses of `slots` slots, of `count`."""
@@ -129,30 +127,34 @@ class Loader(Crew):
         cells = self.form.cells(self.p)
 
         def step(state):
-            n, cell, blocks, tiles = state
-            self.hand_out(n, cell)
-            block = locate(self.p, self.form, self.x, cell)
-            pl.when(block.some)(lambda: self.load_block(block, blocks, tiles))
-            some = block.some.astype(jnp.int32)
-            return n + 1, self.following(cell), blocks + some, tiles + some * block.count
+            cell, n, tiles = state
+            some, block = locate(self.p, self.form, self.x, cell)
 
-        first = jnp.int32(0), lax.axis_index("worker"), jnp.int32(0), jnp.int32(0)
-        n, cell, blocks, tiles = lax.while_loop(lambda state: state[1] < cells, step, first)
-        self.hand_out(n, cell)  # the end is a cell that is none
+            def work() -> None:
+                self.tell(n, block)
+                self.load_block(block, n, tiles)
+
+            pl.when(some)(work)
+            own = some.astype(jnp.int32)
+            return self.following(cell), n + own, tiles + own * block.count
+
+        first = lax.axis_index("worker"), jnp.int32(0), jnp.int32(0)
+        _, n, tiles = lax.while_loop(lambda state: state[0] < cells, step, first)
+        self.tell(n, Block(*[jnp.int32(0)] * NUMBERS))  # no tiles: the end
         # No barrier is left in the middle of a phase that nobody saw.
-        self.drain(self.cell_used, CELLS, n + 1)
+        self.drain(self.news_used, NEWS, n + 1)
         self.drain(self.k_used, self.form.keys, tiles)
         self.drain(self.v_free if self.narrow else self.v_used, self.form.values, tiles)
         for role in range(WARPGROUPS):
-            pl.when(blocks > 0)(lambda role=role: plgpu.barrier_wait(self.q_used.at[role]))
+            pl.when(n > 0)(lambda role=role: plgpu.barrier_wait(self.q_used.at[role]))
 
-    def hand_out(self, n, cell) -> None:
-        """Tell the others the CTA's n-th cell."""
-        slot = lax.rem(n, CELLS)
-        pl.when(n >= CELLS)(lambda: plgpu.barrier_wait(self.cell_used.at[slot]))
-        self.cells[slot] = cell
+    def tell(self, n, block: Block) -> None:
+        """Hand the CTA's n-th block to the other warpgroups."""
+        slot = lax.rem(n, NEWS)
+        pl.when(n >= NEWS)(lambda: plgpu.barrier_wait(self.news_used.at[slot]))
+        block.put(self.news.at[slot])
         plgpu.commit_smem()
-        plgpu.barrier_arrive(self.cell_here.at[slot])
+        plgpu.barrier_arrive(self.news_here.at[slot])
 
     def following(self, cell):
         """The next cell. It is taken only when the last one's tiles are on their way, a few tiles before the others are

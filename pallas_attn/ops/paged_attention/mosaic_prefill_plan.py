@@ -69,7 +69,6 @@ class Inputs(NamedTuple):
 class Block(NamedTuple):
     """Query tokens of one sequence and a group of heads, and the tiles that they see."""
 
-    some: Any  # whether there are any
     unit: Any  # virtual kv head
     head: Any  # kv head
     b: Any  # the sequence's place in the batch
@@ -89,10 +88,24 @@ class Block(NamedTuple):
         """Cached tokens before the step's."""
         return self.kv_len - self.q_len
 
+    def put(self, to) -> None:
+        """Into shared memory, int32 [NUMBERS]."""
+        for i, x in enumerate(self):
+            to[i] = x.astype(jnp.int32)
 
-def locate(p: Problem, form: Form, x: Inputs, cell) -> Block:
-    """The block of a cell. Sequence b has the blocks from floor(first token / tokens of a block) + b on: enough of
-    them, and they are found by a search. The last ones see most and come first."""
+    @classmethod
+    def get(cls, at) -> "Block":
+        """From shared memory."""
+        s = cls(*(at[i] for i in range(NUMBERS)))
+        return s._replace(real=s.real != 0)
+
+
+NUMBERS = len(Block._fields)
+
+
+def locate(p: Problem, form: Form, x: Inputs, cell) -> tuple[Any, Block]:
+    """(whether there is one, the block of a cell). Sequence b has the blocks from floor(first token / a block's tokens)
+    + b on: enough of them, and they are found by a search. The last ones see most and come first."""
     units = jnp.int32(p.kv_heads * form.parts)
     index, unit = form.blocks - 1 - lax.div(cell, units), lax.rem(cell, units)
     live = jnp.clip(x.live[0], 0, p.seqs)
@@ -113,11 +126,10 @@ def locate(p: Problem, form: Form, x: Inputs, cell) -> Block:
     q_len = jnp.where(real, first_token(number + 1), p.tokens) - start
     at = (index - first_block(number)) * form.tokens
     kv_len = jnp.where(real, jnp.clip(x.kv_lens[b], 0, p.pages_per_seq * p.page_size), 0)
-    some = (cell < form.cells(p)) & (at < q_len) & (jnp.logical_not(real) | (q_len > form.few))
-    block = Block(
-        some, unit, lax.div(unit, jnp.int32(form.parts)), b, real, start, q_len, at, kv_len, *[jnp.int32(0)] * 5
-    )
-    return _with_tiles(p, form, x, block)
+    some = (at < q_len) & (jnp.logical_not(real) | (q_len > form.few))
+    head = lax.div(unit, jnp.int32(form.parts))
+    block = Block(unit, head, b, real, start, q_len, at, kv_len, *[jnp.int32(0)] * 5)
+    return some, _with_tiles(p, form, x, block)
 
 
 def _with_tiles(p: Problem, form: Form, x: Inputs, s: Block) -> Block:
