@@ -1,4 +1,4 @@
-"""`python -m bench list | run | plot | tune`: the benchmark of paged attention, cache writes and gathers;
+"""`python -m bench list | run | plot | tune`: the benchmark of paged attention, MLA, cache writes and gathers;
 `python -m bench indexer-accuracy`: what sparse attention answers with the indexer, and with two bugs."""
 
 import argparse
@@ -11,14 +11,24 @@ import jax
 from tabulate import tabulate
 
 import pallas_attn as pa
-from bench import cases, gathers, indexing, layers, record, side, timing, writes
+from bench import cases, gathers, indexing, layers, mla, record, side, timing, writes
 from bench.cases import Case
 from bench.gathers import GatherCase
 from bench.indexing import IndexingCase
+from bench.mla import MlaCase
 from bench.writes import WriteCase
 
-type AnyCase = Case | WriteCase | GatherCase | IndexingCase
-KINDS = {"decode": cases, "prefill": cases, "layers": layers, "write": writes, "gather": gathers, "indexer": indexing}
+type AnyCase = Case | WriteCase | GatherCase | IndexingCase | MlaCase
+KINDS = {  # by `case.op`
+    "decode": cases,
+    "prefill": cases,
+    "layers": layers,
+    "write": writes,
+    "gather": gathers,
+    "indexer": indexing,
+    "mla": mla,
+    "mla_sparse": mla,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 def chosen(args: argparse.Namespace) -> list[AnyCase]:
     """The cases that the options select."""
     found = [
-        c for c in (x for kind in (cases, writes, gathers, indexing) for x in kind.all_cases().values())
+        c for c in (x for kind in (cases, writes, gathers, indexing, mla) for x in kind.all_cases().values())
         if fnmatch.fnmatch(c.name, args.case) and args.op in (None, c.op) and args.layout in (None, c.layout.name)
     ]  # fmt: skip
     if not found:

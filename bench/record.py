@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from bench.cases import Case
 from bench.gathers import GatherCase
 from bench.indexing import IndexingCase
+from bench.mla import MlaCase
 from bench.timing import Timing
 from bench.writes import WriteCase
 
@@ -55,7 +56,9 @@ class Result:
         )
 
 
-def result(case: Case | WriteCase | GatherCase | IndexingCase, backend: str, timing: Timing, rel_err: float) -> Result:
+def result(
+    case: Case | WriteCase | GatherCase | IndexingCase | MlaCase, backend: str, timing: Timing, rel_err: float
+) -> Result:
     """What one measurement says of a case. The floor is that of an H100, wherever it ran."""
     peer = case.best_peer
     return Result(

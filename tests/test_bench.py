@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import cases, gathers, layers, record, sanitize, side, timing, writes
+from bench import cases, gathers, layers, mla, record, sanitize, side, timing, writes
 from bench.timing import Kernel, Timing
 
 ROWS = [r for r in json.loads(cases.PEERS.read_text())["cases"] if r["op"] in ("decode", "prefill", "gather")]
@@ -88,6 +88,24 @@ def test_gathers_run_and_are_exact():
     assert (line.rel_err, line.best_peer_us, line.case) == (0, None, "gather_b8_c8192_p16_hnd_small")
 
 
+MLA_ROWS = [r for r in json.loads(cases.PEERS.read_text())["cases"] if r["op"] in ("mla", "mla_sparse")]
+
+
+@pytest.mark.parametrize("row", MLA_ROWS, ids=lambda r: r["name"])
+def test_mla_has_the_floors_of_the_table(row):
+    case = mla.all_cases()[row["name"]]
+    assert (case.bytes, case.flops) == (row["bytes"], row["flops"])
+    assert case.floor_us == pytest.approx(row["floor_us"], abs=0.01)
+    assert case.best_peer[0] == row["best_peer"]
+
+
+@pytest.mark.parametrize("name", ["mla_h16_b32_c4096_kvfp8", "mlasp_h128_b32_k2048_gq"])
+def test_mla_runs_and_is_right(name):
+    line = bench.one(mla.all_cases()[name].small(), "xla", 1)
+    assert isinstance(line, record.Result)
+    assert 0 < line.rel_err < (0.04 if name.endswith("gq") else 4e-3)
+
+
 def test_peers_run_beside_or_say_why_not(monkeypatch):
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     monkeypatch.setattr(side, "PEERS", {n: p for n, p in side.PEERS.items() if n.startswith(("flash", "XLA"))})
@@ -130,7 +148,9 @@ def test_results_round_trip_and_draw(tmp_path):
 def test_list_names_every_case(capsys):
     bench.main(["list"])
     said = capsys.readouterr().out
-    assert all(name in said for name in (*cases.all_cases(), *writes.all_cases(), *gathers.all_cases()))
+    assert all(
+        name in said for name in (*cases.all_cases(), *writes.all_cases(), *gathers.all_cases(), *mla.all_cases())
+    )
     with pytest.raises(SystemExit, match="no case is called nothing"):
         bench.main(["list", "--case", "nothing"])
 

@@ -1,0 +1,152 @@
+"""The cases of MLA: decode over latents, whole sequences or listed keys; `_gq` are those with group-FP8 results."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_attn as pa
+from bench.cases import PEERS
+from pallas_attn.core.arch import H100
+
+PAGE, LATENT, ROPE = 64, 512, 64
+SCALE = 192**-0.5
+CACHE_SCALE, Q_SCALE = 0.02, 0.02
+ROWS = {"bf16": pa.BF16, "fp8": pa.E4M3_TENSOR, "rows": pa.FP8_DS_MLA}
+
+
+@dataclasses.dataclass(frozen=True)
+class MlaCase:
+    """One query token for each of so many sequences of one length."""
+
+    name: str
+    op: str  # "mla", or "mla_sparse" with `topk` keys a token
+    seqs: int
+    context: int
+    heads: int
+    kv: str  # a key of ROWS
+    topk: int | None = None
+    grouped: bool = False
+    peers_us: tuple[tuple[str, float], ...] = ()
+    layout: pa.Layout = pa.NHD
+
+    @property
+    def fp8_query(self) -> bool:
+        """Whether logits are products of FP8."""
+        return self.kv == "fp8"
+
+    @property
+    def bytes(self) -> int:
+        """The fewest bytes to move: queries, rows that are attended to once, the bf16 latents."""
+        row = {"bf16": 2 * (LATENT + ROPE), "fp8": LATENT + ROPE, "rows": 656}[self.kv]
+        query = (LATENT + ROPE) * (1 if self.fp8_query else 2)
+        return self.seqs * ((self.topk or self.context) * row + self.heads * (query + 2 * LATENT))
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds of both products, times two."""
+        return 2 * self.heads * (2 * LATENT + ROPE) * self.seqs * (self.topk or self.context)
+
+    @property
+    def floor_us(self) -> float:
+        """What no kernel on an H100 can beat: the larger of bytes over bandwidth and FLOPs over the matrix units."""
+        return 1e6 * max(self.bytes / H100.memory, self.flops / (H100.fp8 if self.fp8_query else H100.bf16))
+
+    @property
+    def best_peer(self) -> tuple[str, float] | None:
+        """The fastest peer's name and microseconds."""
+        return min(self.peers_us, key=lambda p: p[1], default=None)
+
+    def small(self) -> "MlaCase":
+        """The same kind of problem at a size for a CPU; without peers."""
+        topk = None if self.topk is None else min(self.topk, 96)
+        small = {"seqs": min(self.seqs, 2), "context": min(self.context, 256), "heads": min(self.heads, 16)}
+        return dataclasses.replace(self, name=f"{self.name}_small", topk=topk, peers_us=(), **small)
+
+
+@functools.cache
+def all_cases() -> dict[str, MlaCase]:
+    """Every case of MLA by name; results in groups have no peers."""
+    rows = [r for r in json.loads(PEERS.read_text())["cases"] if r["op"] in ("mla", "mla_sparse")]
+    cases = [
+        MlaCase(
+            r["name"], r["op"], r["B"], r["ctx"], r["Hq"], r.get("kv", "rows"), r.get("topk"),
+            peers_us=tuple((name, us) for name, us in r["peers_us"].items() if us),
+        )
+        for r in rows
+    ]  # fmt: skip
+    groups = [dataclasses.replace(c, name=f"{c.name}_gq", grouped=True, peers_us=()) for c in cases]
+    return {c.name: c for c in (*cases, *groups)}
+
+
+def arguments(case: MlaCase, seed: int = 0) -> tuple[Any, ...]:
+    """Random (q_latent, q_rope, cache, batch), and slots of keys in no order where they are listed; pages in random
+    order; the batch has its schedule, which a serving step computes once for all its layers."""
+    rng = np.random.default_rng(seed)
+    pages = -(-case.context // PAGE)
+    table = rng.permutation(case.seqs * pages).reshape(case.seqs, pages).astype(np.int32)
+    keys = jax.random.split(jax.random.key(seed), 2)
+    format = ROWS[case.kv]
+    scale = jnp.float32(CACHE_SCALE) if case.fp8_query else None
+    cache = pa.LatentCache(_random_pages(keys[0], case.seqs * pages, format), format, scale)
+    q = jax.random.normal(keys[1], (case.seqs, case.heads, LATENT + ROPE), jnp.bfloat16)
+    parts = (q[..., :LATENT], q[..., LATENT:])
+    query = tuple(pa.quantize(x, pa.E4M3_STATIC, Q_SCALE) for x in parts) if case.fp8_query else parts
+    lengths = jnp.full(case.seqs, case.context, jnp.int32)
+    batch = pa.RaggedBatch(jnp.asarray(table), lengths, jnp.arange(case.seqs + 1, dtype=jnp.int32), max_q_len=1)
+    if case.topk is None:
+        return *query, cache, batch.with_schedule()
+    found = np.stack([rng.choice(case.context, case.topk, replace=False) for _ in range(case.seqs)])
+    slots = np.take_along_axis(table, found // PAGE, axis=1) * PAGE + found % PAGE
+    return *query, cache, batch.with_schedule(), jnp.asarray(slots, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random_pages(key, count: int, format: pa.Format):
+    """Normal numbers as the cache stores them, page by page, so that no float32 array of the cache's size appears."""
+    like = pa.LatentCache.allocate(1, PAGE, format=format, scale=CACHE_SCALE if format == pa.E4M3_TENSOR else None)
+
+    def page(key):
+        x = jax.random.normal(key, (PAGE, LATENT + ROPE))
+        return like.rows(x[:, :LATENT], x[:, LATENT:])
+
+    return jax.lax.map(page, jax.random.split(key, count), batch_size=min(64, count))
+
+
+def keywords(case: MlaCase, args: tuple) -> dict[str, Any]:
+    """The options of a call with these arguments."""
+    given: dict[str, Any] = {"scale": SCALE}
+    if case.grouped:
+        given["out"] = pa.e4m3_group(128)
+    return given | ({"topk": pa.TopK(args[4], slots=True)} if len(args) > 4 else {})
+
+
+def operation(case: MlaCase, backend: str | None) -> Callable[..., Any]:
+    """The timed function of the arguments."""
+    return lambda *args: pa.mla_attention(*args[:4], **keywords(case, args), backend=backend)
+
+
+def calls(case: MlaCase, args: tuple) -> list[tuple[Callable, tuple]]:
+    """The op with its arguments."""
+    return [(functools.partial(pa.mla_attention, **keywords(case, args)), args[:4])]
+
+
+def check(case: MlaCase, args: tuple, backend: str | None, most: int = 4) -> tuple[float, tuple]:
+    """(relative L2 distance of a few tokens to the portable backend's float32, the arguments to go on with)."""
+    out = jax.jit(operation(case, backend))(*args)
+    out = pa.dequantize(out).reshape(case.seqs, case.heads, LATENT) if case.grouped else out
+    picks = np.unique(np.linspace(0, case.seqs - 1, most).astype(int))
+    few = dataclasses.replace(case, grouped=False)
+    query = [jax.tree.map(lambda x: x[picks] if x.ndim else x, q) for q in args[:2]]
+    batch = pa.RaggedBatch(
+        args[3].page_table[picks], args[3].kv_lens[picks], jnp.arange(len(picks) + 1, dtype=jnp.int32), max_q_len=1
+    )
+    those = (*query, args[2], batch, *(x[picks] for x in args[4:]))
+    truth = jax.jit(lambda *a: pa.mla_attention(*a[:4], **keywords(few, a), out=jnp.float32, backend="xla"))
+    want, got = (np.asarray(x, np.float64) for x in (truth(*those), out[picks]))
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want)), args

@@ -1,0 +1,92 @@
+"""MLA over float pages: a tile is the keys of the third warpgroup and, half by half, the values of the first two.
+
+The weights of a tile take the place of its rotary part, which has been used by then: they are as large. Half of the
+query stays in registers, for the matrix unit reads no more than 128 bytes a cycle of shared memory.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_attn.core.batch import TILE
+from pallas_attn.ops.mla import mosaic_paged
+from pallas_attn.ops.mla.mosaic_form import HALF, LATENT, ROPE, Form, Segment
+from pallas_attn.ops.mla.mosaic_paged import ring
+from pallas_attn.ops.mla.mosaic_worker import PART, add_product, stages, state
+from pallas_attn.ops.mla.problem import Problem
+from pallas_attn.runtime.mosaic import ACC, ROWS, Layout, swizzled
+
+
+def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
+    """Shared memory and barriers of a CTA."""
+    dtype = p.kv_format.dtype
+    return state(form) | ring(p, swizzled(dtype, ROPE)) | {
+        # Results leave through the memory of the query that they answer.
+        "memory": plgpu.RefUnion(
+            plgpu.SMEM((ROWS, LATENT), dtype, transforms=swizzled(dtype, LATENT)), *stages(p, PART)
+        ),
+    }  # fmt: skip
+
+
+@dataclasses.dataclass
+class Worker(mosaic_paged.Worker):
+    """The body of the kernel."""
+
+    # The warpgroup of the queries
+
+    def load_query(self, s: Segment):
+        """The first half of the query in registers."""
+        self.fetch_query(s, self.memory[0], self.q_rope)
+        return self.in_registers(self.memory[0].at[:, pl.ds(0, HALF)], Layout.WGMMA)
+
+    def logits(self, s: Segment, query, t):
+        """S [64, TILE] to base 2."""
+        slot = lax.rem(t, jnp.int32(2))
+
+        def multiply(acc):
+            for half, q in enumerate((query, self.memory[0].at[:, pl.ds(HALF, HALF)])):
+                plgpu.barrier_wait(self.halves_ready.at[2 * half + slot])
+                plgpu.wgmma(acc, q, self.halves.at[half, slot].transpose((1, 0)))
+            plgpu.barrier_wait(self.ropes_ready.at[slot])
+            plgpu.wgmma(acc, self.q_rope, self.ropes.at[slot].transpose((1, 0)))
+            return acc[...]
+
+        return pl.run_scoped(multiply, ACC((ROWS, TILE), jnp.float32)) * self.scale
+
+    def weights_at(self, t):
+        """Where the weights of a tile go."""
+        return self.ropes.at[lax.rem(t, jnp.int32(2))]
+
+    def after_weights(self, s: Segment, t) -> None:
+        """The place of the last tile's weights takes the rotary part of the next tile."""
+        self.wait_free(t - 1)
+        pl.when((t > 0) & (t + 1 < s.count))(lambda: self.fetch_rope(s, t + 1))
+
+    # The warpgroups of the values
+
+    def begin_values(self, s: Segment):
+        """The result so far."""
+        return self.zeros(HALF)
+
+    def add_values(self, s: Segment, t, acc):
+        """`acc` plus weights times values."""
+        slot, tile = lax.rem(t, jnp.int32(2)), s.tile0 + t
+        values = self.halves.at[self.role, slot]
+        # The queries' warpgroup is done with the keys: what lies past the end may be cleared.
+        pl.when((tile + 1) * TILE > s.seq.kv_len)(lambda: self.clear(s, tile, values))
+        acc = add_product(acc, lambda a: plgpu.wgmma(a, self.ropes.at[slot], values), self.interpret)
+        pl.when(t + 2 < s.count)(lambda: self.fetch_half(s, t + 2))
+        return acc
+
+    def clear(self, s: Segment, tile, values) -> None:
+        """Zeros in place of tokens that are not there: 0 x NaN would be NaN."""
+        real = self.real_tokens(s, tile, Layout.WGMMA, (TILE, ROPE))
+        for at in range(0, HALF, ROPE):
+            piece = values.at[:, pl.ds(at, ROPE)]
+            x = plgpu.load(piece, layout=Layout.WGMMA)
+            piece[...] = jnp.where(real, x, jnp.zeros((), x.dtype))
+        plgpu.commit_smem()

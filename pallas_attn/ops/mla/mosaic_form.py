@@ -1,0 +1,146 @@
+"""How the kernels of MLA are cut to a problem, and what they read."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_attn.core.batch import TILE
+from pallas_attn.ops.mla.problem import Problem
+from pallas_attn.runtime.mosaic import ROWS, SMS, token_layout
+
+LATENT, ROPE = 512, 64  # the one shape of a row that the kernels know
+HALF = LATENT // 2  # value columns of one warpgroup
+SLACK = 8  # tiles more for a worker, which take as long as what whole sequences spare
+CHUNK = 512  # sequences that the search for a worker's first one looks at at once
+
+
+class Form(NamedTuple):
+    """The static shape of the kernels for one problem.
+
+    All heads of all query tokens of a sequence are rows: row t * heads + h is head h of its token t. They are cut into
+    blocks of 64, one for each CTA of those that share a stretch of tiles.
+    """
+
+    heads: int  # rounded up to 8
+    chunk: int  # rows that are copied at once, all of one token
+    columns: int  # blocks of a sequence
+    rows: int  # real rows of a block, at most
+    workers: int  # stretches of tiles
+    tokens: int  # of a sequence, at most
+    seqs: int  # where keys are listed, every token is a sequence of its own
+
+
+def form_of(p: Problem, workers: int | None = None) -> Form:
+    """The form of a problem that `supports` takes."""
+    heads, tokens = padded_heads(p), 1 if p.topk else p.max_q_len or 1
+    columns = -(-heads * tokens // ROWS)
+    workers = workers or max(SMS // columns, 1)
+    seqs = p.tokens if p.topk else p.seqs
+    return Form(heads, math.gcd(heads, ROWS), columns, min(heads * tokens, ROWS), workers, tokens, seqs)
+
+
+def padded_heads(p: Problem) -> int:
+    """Heads, rounded up to the 8 rows that a tile in shared memory is made of."""
+    return -(-p.heads // 8) * 8
+
+
+class Inputs(NamedTuple):
+    """What the kernels read from global memory; what is absent is one number."""
+
+    q_latent: Any  # [T * heads, C]
+    q_rope: Any  # [T * heads, R]
+    pages: Any  # [N, S, C + R], or rows of bytes [N * S, 656]
+    page_table: Any  # where keys are listed, their slots [T, tiles, TILE]
+    kv_lens: Any
+    cu_q_lens: Any
+    live: Any  # [1]
+    before: Any  # Schedule.before
+    scale: Any  # [1], of the logits
+    cache_scale: Any  # [1]
+    q_scales: Any  # of both parts: [1], or [T * heads + 64]
+    out_scale: Any  # [1]
+
+
+class Sequence(NamedTuple):
+    """One sequence of the step, every number kept inside the step and the page table."""
+
+    kv_len: Any
+    start: Any  # first query token
+    q_len: Any
+
+    @classmethod
+    def read(cls, p: Problem, form: Form, x: Inputs, b) -> "Sequence":
+        """Sequence b; padding has no query tokens."""
+        start = jnp.clip(x.cu_q_lens[b], 0, p.tokens)
+        end = jnp.clip(x.cu_q_lens[b + 1], 0, p.tokens)
+        q_len = jnp.where(b < x.live[0], jnp.clip(end - start, 0, form.tokens), 0)
+        return cls(jnp.clip(x.kv_lens[b], 0, p.keys), start, q_len)
+
+    def only_real(self, count):
+        """Rows or tiles, none where there are no keys: a schedule of listed keys may count some."""
+        return jnp.where(self.kv_len > 0, count, 0)
+
+
+class Segment(NamedTuple):
+    """The part of one sequence that a worker reads, for its block of rows."""
+
+    b: Any
+    seq: Sequence
+    slot: Any  # of the partial result
+    tile0: Any  # its first tile of the sequence
+    count: Any  # tiles; none where the sequence has no such rows
+    whole: Any  # whether those are all tiles of the sequence
+    row: Any  # the block's first row among those of the step
+    rows: Any  # real ones
+
+
+def share(x: Inputs, form: Form):
+    """(tiles in all, tiles of each worker): equal shares, but whole sequences where all are of one length and that
+    costs a worker no more than a few tiles. A part of a sequence leaves its result in memory in float32."""
+    total, one = x.before[form.seqs], x.before[1]
+    each = jnp.maximum(lax.div(total + (form.workers - 1), jnp.int32(form.workers)), 1)
+    whole = lax.div(each + one - 1, jnp.maximum(one, 1)) * one
+    return total, jnp.where((total == one * x.live[0]) & (whole >= each) & (whole <= each + SLACK), whole, each)
+
+
+def find(before, first, last):
+    """The sequences that tiles `first` and `last` of the flat list belong to, by a vote inside of each warp: sums
+    across warps would share their memory with those of the other warpgroups."""
+    votes = jnp.int32(0)
+    for at in range(0, before.shape[0], CHUNK):
+        size = min(CHUNK, before.shape[0] - at)
+        starts = plgpu.load(before.at[pl.ds(at, size)], layout=token_layout(size), optimized=False)
+        votes += jnp.sum((starts <= first).astype(jnp.int32) + (starts <= last).astype(jnp.int32) * 2**16)
+    return (votes & (2**16 - 1)) - 1, lax.shift_right_logical(votes, jnp.int32(16)) - 1
+
+
+def segment(p: Problem, form: Form, x: Inputs, b, worker, column, start, end) -> Segment:
+    """What a worker that has the tiles `start` to `end` of the list reads of sequence b."""
+    seq, begin, following = Sequence.read(p, form, x, b), x.before[b], x.before[b + 1]
+    tile0 = jnp.maximum(start - begin, 0)
+    last = jnp.minimum(end, following) - begin
+    rows = seq.only_real(jnp.clip(seq.q_len * form.heads - column * ROWS, 0, ROWS))
+    whole = (tile0 == 0) & (last == following - begin)
+    # Both worker and sequence rise along the list, so no two pairs share a slot.
+    return Segment(
+        b, seq, worker + b, tile0, jnp.where(rows > 0, last - tile0, 0), whole,
+        seq.start * form.heads + column * ROWS, rows,
+    )  # fmt: skip
+
+
+def page_of(p: Problem, x: Inputs, s: Segment, tile, part: int):
+    """Page of a part of a tile, kept inside the table and the cache; the last real page past the end."""
+    column = lax.div(tile * TILE, jnp.int32(p.page_size)) + part
+    column = jnp.minimum(column, lax.div(jnp.maximum(s.seq.kv_len - 1, 0), jnp.int32(p.page_size)))
+    return jnp.clip(x.page_table[s.b, column], 0, p.pages - 1)
+
+
+def inside(p: Problem, tile):
+    """Slots of a page that a tile takes."""
+    if p.page_size <= TILE:
+        return pl.ds(0, p.page_size)
+    return pl.ds(lax.rem(tile * TILE, jnp.int32(p.page_size)), TILE)

@@ -1,0 +1,76 @@
+"""The ring of a kernel that reads whole sequences: tiles from pages, in two halves of values and the rotary part."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_attn.core.batch import TILE
+from pallas_attn.ops.mla import mosaic_worker
+from pallas_attn.ops.mla.mosaic_form import HALF, LATENT, ROPE, Segment, inside, page_of
+from pallas_attn.ops.mla.problem import Problem
+from pallas_attn.runtime.mosaic import ROWS
+
+
+def ring(p: Problem, transforms) -> dict[str, Any]:
+    """Two tiles in shared memory, three buffers each, since TMA takes no part of a row."""
+    dtype, copies = p.kv_format.dtype, max(TILE // p.page_size, 1)
+    return {
+        "q_rope": plgpu.SMEM((ROWS, ROPE), dtype, transforms=transforms),
+        "halves": plgpu.SMEM((2, 2, TILE, HALF), dtype, transforms=transforms),
+        "ropes": plgpu.SMEM((2, TILE, ROPE), dtype, transforms=transforms),
+        "halves_ready": plgpu.Barrier(num_arrivals=copies, num_barriers=4),
+        "ropes_ready": plgpu.Barrier(num_arrivals=copies, num_barriers=2),
+    }
+
+
+@dataclasses.dataclass
+class Worker(mosaic_worker.Worker):
+    """Each warpgroup of the values asks for its own half, that of the queries for the rotary part."""
+
+    q_rope: Any
+    halves: Any  # [half, slot, TILE, HALF]
+    ropes: Any  # [slot, TILE, ROPE]
+    halves_ready: Any
+    ropes_ready: Any
+
+    def prime_scores(self, s: Segment) -> None:
+        """Ask for the first rotary parts."""
+        for t in range(2):
+            pl.when(t < s.count)(lambda t=t: self.fetch_rope(s, jnp.int32(t)))
+
+    def prime_values(self, s: Segment) -> None:
+        """Ask for the first halves."""
+        for t in range(2):
+            pl.when(t < s.count)(lambda t=t: self.fetch_half(s, jnp.int32(t)))
+
+    def fetch_rope(self, s: Segment, t) -> None:
+        """Ask for the rotary part of a tile."""
+        slot = lax.rem(t, jnp.int32(2))
+        self.fetch(s, t, LATENT, self.ropes.at[slot], self.ropes_ready.at[slot])
+
+    def fetch_half(self, s: Segment, t) -> None:
+        """Ask for the warpgroup's half of a tile."""
+        slot = lax.rem(t, jnp.int32(2))
+        ready = self.halves_ready.at[2 * self.role + slot]
+        self.fetch(s, t, self.role * HALF, self.halves.at[self.role, slot], ready)
+
+    def fetch(self, s: Segment, t, column, to, ready) -> None:
+        """Start the copies of some columns of the segment's tile t."""
+        p, tile = self.p, s.tile0 + t
+        size = min(p.page_size, TILE)
+        for j in range(TILE // size):
+            source = self.x.pages.at[page_of(p, self.x, s, tile, j), inside(p, tile), pl.ds(column, to.shape[1])]
+            plgpu.copy_gmem_to_smem(source, to.at[pl.ds(j * size, size)], ready)
+
+    def fetch_query(self, s: Segment, latent, rope) -> None:
+        """The block's rows of the query; past the real ones, rows of others."""
+        chunk, last = self.form.chunk, self.p.tokens * self.form.heads - self.form.chunk
+        for at in range(0, ROWS, chunk):
+            row = pl.multiple_of(jnp.minimum(s.row + at, last), chunk)
+            for source, to in ((self.x.q_latent, latent), (self.x.q_rope, rope)):
+                plgpu.copy_gmem_to_smem(source.at[pl.ds(row, chunk)], to.at[pl.ds(at, chunk)], self.q_ready)
+        plgpu.barrier_wait(self.q_ready)

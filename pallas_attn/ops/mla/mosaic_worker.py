@@ -1,0 +1,321 @@
+"""What the attention kernels of MLA share: three warpgroups that walk over tiles of 64 tokens.
+
+Two warpgroups hold half of the value columns of a block's result each, 64 rows of 256; the third has the queries:
+
+    S = Q K^T, weights = exp2(S - max)          the third; the weights go through shared memory
+    O = O alpha + weights V                     the first two
+
+Tiles are read through a ring; whoever has read a part of a tile last asks for the one that comes next in its place.
+At the end of a sequence the two divide by the sum of the weights. If a worker had all its tiles that is the result,
+which is rounded and put in its place; else it is left in float32 for `mosaic_merge` with the logarithm of the sum.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_attn.core.batch import TILE
+from pallas_attn.ops.mla.mosaic_finish import finish, leave_rows, leave_scales
+from pallas_attn.ops.mla.mosaic_form import HALF, Form, Inputs, Segment, find, segment, share
+from pallas_attn.ops.mla.problem import Problem
+from pallas_attn.runtime.mosaic import ACC, LOG2E, OVER_ROWS, ROWS, Layout, swizzled
+
+FAR = -1e30  # stands for -inf in the running maximum: -inf less -inf is NaN
+PART = 128  # value columns that are finished together
+
+
+def state(form: Form) -> dict[str, Any]:
+    """What the warpgroups tell each other, in shared memory."""
+    return {
+        "alpha": plgpu.SMEM((2, ROWS), jnp.float32),
+        "row_tile": plgpu.SMEM((2, ROWS), jnp.float32),  # what a row is multiplied by in the end, and its LSE
+        "scale_tile": plgpu.SMEM((2, 2, ROWS), jnp.float32),  # of two groups, for each half
+        "q_ready": plgpu.Barrier(num_arrivals=2 * (ROWS // form.chunk)),
+        "alpha_ready": plgpu.Barrier(num_barriers=2),
+        "p_ready": plgpu.Barrier(num_barriers=2),
+        "p_free": plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        "ended": plgpu.Barrier(),
+        "left": plgpu.Barrier(num_arrivals=2),
+    }
+
+
+def stages(p: Problem, columns: int) -> list:
+    """Where results of each half pass on their way out, as many bytes for each type: partial ones, then final ones."""
+    shape = lambda d: (2, 4 // d.itemsize, ROWS, columns)  # noqa: E731
+    types = (jnp.dtype(jnp.float32), jnp.dtype(p.out_dtype))
+    return [plgpu.SMEM(shape(d), d, transforms=swizzled(d, columns)) for d in types]
+
+
+def spread(row, columns: int):
+    """[64] as [64, columns]."""
+    return lax.broadcast_in_dim(row, (ROWS, columns), [0])
+
+
+def add_product(acc, multiply, interpret):
+    """`acc` plus the products that `multiply` starts. The interpreter cannot begin with a sum that is not 0."""
+    if interpret is None:
+        return pl.run_state(multiply)(jax.tree.map(ACC.init, acc))
+
+    def apart(*refs):
+        multiply(refs[0] if len(refs) == 1 else refs)
+        return tuple(r[...] for r in refs)
+
+    leaves, tree = jax.tree.flatten(acc)
+    new = pl.run_scoped(apart, *(ACC(x.shape, jnp.float32) for x in leaves))
+    return jax.tree.unflatten(tree, [x + y for x, y in zip(leaves, new, strict=True)])
+
+
+@dataclasses.dataclass
+class Worker:
+    """The body of a kernel: one CTA's walk over its tiles. What kinds of caches do differently is in subclasses."""
+
+    p: Problem
+    form: Form
+    x: Inputs
+    out: Any
+    scales: Any  # of groups, or None
+    partial: Any  # [workers + B, columns, 64, C]
+    stats: Any  # [workers + B, columns, 64]
+    interpret: Any
+    alpha: Any
+    row_tile: Any
+    scale_tile: Any
+    q_ready: Any
+    alpha_ready: Any
+    p_ready: Any
+    p_free: Any
+    ended: Any
+    left: Any
+    memory: Any  # a union with the stages of results: partial ones and final ones come last
+
+    def run(self) -> None:
+        """All sequences that the worker has tiles of."""
+        form, x = self.form, self.x
+        self.worker, self.column = lax.axis_index("worker"), lax.axis_index("column")
+        self.role = lax.axis_index("role")
+        self.scale = x.scale[0] * x.cache_scale[0] * jnp.float32(LOG2E)
+        total, each = share(x, form)
+        self.start = jnp.minimum(self.worker * each, total)
+        self.end = jnp.minimum(self.start + each, total)
+        self.first, last = find(x.before, self.start, self.end - 1)
+        self.touched = jnp.where(self.end > self.start, last - self.first + 1, 0)
+        pl.when(self.role < 2)(lambda: self.walk(self.prime_values, self.weigh))
+        pl.when(self.role == 2)(lambda: self.walk(self.prime_scores, self.score))
+
+    def segment(self, i) -> Segment:
+        """The worker's i-th sequence."""
+        return segment(self.p, self.form, self.x, self.first + i, self.worker, self.column, self.start, self.end)
+
+    def walk(self, prime, body) -> None:
+        """One sequence after the other. `prime(s)` asks for its first tiles; `body(s, following)` calls `following`
+        when there is room for the next one's."""
+
+        def prepare(i) -> None:
+            pl.when(i < self.touched)(lambda: prime(self.segment(i)))
+
+        def one(i, carry):
+            s = self.segment(i)
+            pl.when(s.count > 0)(lambda: body(s, lambda: prepare(i + 1)))
+            pl.when(s.count == 0)(lambda: prepare(i + 1))
+            return carry
+
+        prepare(jnp.int32(0))
+        lax.fori_loop(0, self.touched, one, jnp.int32(0))
+
+    # The warpgroup of the queries
+
+    def in_registers(self, ref, layout):
+        """An operand of the matrix unit; the interpreter reads them from shared memory only."""
+        return plgpu.load(ref, layout=layout) if self.interpret is None else ref
+
+    def prime_scores(self, s: Segment) -> None:
+        """Ask for the first tiles of a segment, as far as this warpgroup does."""
+        raise NotImplementedError
+
+    def load_query(self, s: Segment) -> Any:
+        """What `logits` wants of the block's query."""
+        raise NotImplementedError
+
+    def logits(self, s: Segment, query, t) -> Any:
+        """S [64, TILE] of tile t, to base 2."""
+        raise NotImplementedError
+
+    def weights_at(self, t) -> Any:
+        """Where the weights [64, TILE] of tile t go."""
+        raise NotImplementedError
+
+    def make_room(self, s: Segment, t) -> None:
+        """Wait until the weights of tile t may be put there."""
+
+    def after_weights(self, s: Segment, t) -> None:
+        """What is left to do once the weights of tile t are there."""
+
+    def score(self, s: Segment, following) -> None:
+        """Weights of all the segment's tiles, then the rows' sums."""
+        query = self.load_query(s)
+        plain = self.unmasked(s)
+        zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), OVER_ROWS)
+        state = (zero + FAR, zero)
+
+        def loop(low, high, state, masked: bool):
+            return lax.fori_loop(low, high, lambda t, c: self.score_tile(s, query, t, c, masked), state)
+
+        if plain is None:
+            top, total = loop(0, s.count, state, masked=True)
+        else:
+            top, total = loop(plain, s.count, loop(0, plain, state, masked=False), masked=True)
+        some = jnp.where(total > 0, total, 1.0)
+        self.row_tile[0] = jnp.where(total > 0, 1.0 / some, 0.0)
+        self.row_tile[1] = jnp.where(total > 0, top + jnp.log2(some), FAR)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.ended)
+        plgpu.copy_smem_to_gmem(self.row_tile.at[1], self.stats.at[s.slot, self.column])
+        plgpu.barrier_wait(self.p_free.at[lax.rem(s.count - 1, jnp.int32(2))])
+        following()
+        plgpu.barrier_wait(self.left)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def score_tile(self, s: Segment, query, t, state, masked: bool):
+        """Weights of one tile."""
+        top, total = state
+        slot = lax.rem(t, jnp.int32(2))
+        x = self.logits(s, query, t)
+        x = self.masked(s, t, x) if masked else x
+        peak = jnp.maximum(top, jnp.max(x, axis=1))
+        keep = jnp.exp2(top - peak)
+        self.alpha[slot] = keep
+        plgpu.barrier_arrive(self.alpha_ready.at[slot])
+        weight = jnp.exp2(x - spread(peak, TILE))
+        self.make_room(s, t)
+        target = self.weights_at(t)
+        target[...] = weight.astype(target.dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.p_ready.at[slot])
+        total = total * keep + jnp.sum(weight, axis=1)
+        self.after_weights(s, t)
+        return peak, total
+
+    def unmasked(self, s: Segment) -> Any:
+        """How many tiles at the segment's beginning every row sees whole; None where each one needs a mask."""
+        token = lax.div(self.column * ROWS, jnp.int32(self.form.heads))
+        seen = jnp.clip(s.seq.kv_len - s.seq.q_len + token + 1, 0, s.seq.kv_len)
+        return jnp.clip(lax.div(seen, jnp.int32(TILE)) - s.tile0, 0, s.count)
+
+    def masked(self, s: Segment, t, x):
+        """Logits of tile t, so far below any maximum where a row does not see a token that nothing is left of them. No
+        row sees past its own token."""
+        token = plgpu.broadcasted_iota(jnp.int32, (ROWS, TILE), 1, layout=Layout.WGMMA) + (s.tile0 + t) * TILE
+        seen = token < s.seq.kv_len
+        if self.form.tokens > 1:
+            row = plgpu.broadcasted_iota(jnp.int32, (ROWS, TILE), 0, layout=Layout.WGMMA) + self.column * ROWS
+            seen &= token <= s.seq.kv_len - s.seq.q_len + lax.div(row, jnp.int32(self.form.heads))
+        return jnp.where(seen, x, 2 * FAR)
+
+    def wait_free(self, t) -> None:
+        """Until the weights of tile t have been used."""
+        pl.when(t >= 0)(lambda: plgpu.barrier_wait(self.p_free.at[lax.rem(t, jnp.int32(2))]))
+
+    # The warpgroups of the values
+
+    def zeros(self, columns: int):
+        """An accumulator."""
+        return plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), Layout.WGMMA)
+
+    def prime_values(self, s: Segment) -> None:
+        """Ask for the first tiles of a segment, as far as these warpgroups do."""
+        raise NotImplementedError
+
+    def begin_values(self, s: Segment) -> Any:
+        """Accumulators of zeros for the half's columns, in order."""
+        raise NotImplementedError
+
+    def ready_values(self, s: Segment, t) -> None:
+        """What can be done for tile t before its weights are known."""
+
+    def after_alpha(self, s: Segment, t) -> None:
+        """What can be done for tile t once its logits are known."""
+
+    def add_values(self, s: Segment, t, acc) -> Any:
+        """`acc` plus weights times values of tile t."""
+        raise NotImplementedError
+
+    def after_values(self, s: Segment) -> None:
+        """What is left to do once the last tile's products are done."""
+
+    def weigh(self, s: Segment, following) -> None:
+        """The segment's half of the value columns."""
+        acc = lax.fori_loop(0, s.count, lambda t, c: self.weigh_tile(s, t, c), self.begin_values(s))
+        self.after_values(s)
+        following()
+        plgpu.barrier_wait(self.ended)
+        factor = plgpu.load(self.row_tile.at[0], layout=OVER_ROWS, optimized=False) * self.x.cache_scale[0]
+        parts = [a[:, at : at + PART] for a in jax.tree.leaves(acc) for at in range(0, a.shape[1], PART)]
+        parts = [a * spread(factor, PART) for a in parts]
+        pl.when(s.whole)(lambda: self.leave_result(s, parts))
+        pl.when(~s.whole)(lambda: self.leave_partial(s, parts))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(self.left)
+
+    def weigh_tile(self, s: Segment, t, acc):
+        """One tile."""
+        slot = lax.rem(t, jnp.int32(2))
+        self.ready_values(s, t)
+        plgpu.barrier_wait(self.alpha_ready.at[slot])
+        keep = plgpu.load(self.alpha.at[slot], layout=OVER_ROWS, optimized=False)
+        acc = jax.tree.map(lambda a: a * spread(keep, a.shape[1]), acc)
+        self.after_alpha(s, t)
+        plgpu.barrier_wait(self.p_ready.at[slot])
+        acc = self.add_values(s, t, acc)
+        plgpu.barrier_arrive(self.p_free.at[slot])
+        return acc
+
+    def real_tokens(self, s: Segment, tile, layout, shape):
+        """bool, whether a token (axis 0) is one that some row sees: what else is there may be NaN."""
+        return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + tile * TILE < s.seq.kv_len
+
+    # Results
+
+    def leave_result(self, s: Segment, parts: list) -> None:
+        """The final values of the half, and their scales."""
+        for i, part in enumerate(parts):
+            values, scales = finish(self.p, part, self.x.out_scale[0], Layout.WGMMA, self.interpret)
+            self.leave(values, i, self.memory[-1], lambda tile, columns: leave_rows(
+                tile, self.out, s.row, s.rows, self.form.chunk, columns
+            ))  # fmt: skip
+            for j, scale in enumerate(scales):
+                group = (self.role * len(parts) + i) * len(scales) + j
+                self.leave_group(s, scale, group)
+
+    def leave_group(self, s: Segment, scale, group) -> None:
+        """The scales of one group of columns."""
+        tile = self.scale_tile.at[self.role, 0]
+        plgpu.commit_smem()  # every warp is done with the last ones
+        tile[...] = scale
+        plgpu.commit_smem()
+        leave_scales(self.p, self.form, tile, self.scales, s.row, s.rows, self.form.chunk, group)
+
+    def leave_partial(self, s: Segment, parts: list) -> None:
+        """The half's share of the result in float32."""
+        to = self.partial.at[s.slot, self.column]
+        for i, part in enumerate(parts):
+            self.leave(part, i, self.memory[-2], lambda tile, columns: leave_rows(
+                tile, to, jnp.int32(0), s.rows, self.form.chunk, columns
+            ))  # fmt: skip
+
+    def leave(self, x, i: int, stage, copy) -> None:
+        """Send the i-th part of the half [64, PART] through shared memory, as many columns at once as fit."""
+        places, width = stage.shape[1], stage.shape[-1]
+        for at in range(0, PART, width):
+            number = (i * PART + at) // width
+            if number >= places:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.commit_smem()  # what was there has left, for every warp
+            tile = stage.at[self.role, number % places]
+            tile[...] = x[:, at : at + width]
+            plgpu.commit_smem()
+            copy(tile, pl.ds(self.role * HALF + i * PART + at, width))
