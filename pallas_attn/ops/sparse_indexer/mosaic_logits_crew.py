@@ -13,6 +13,7 @@ from pallas_attn.ops.sparse_indexer.logits.problem import Problem
 from pallas_attn.ops.sparse_indexer.mosaic_parts import FILL, clear, factors, put, put_some
 from pallas_attn.runtime.mosaic import ACC, OVER_ROWS, ROWS
 
+SCALES = 4  # their copies begin at multiples of 16 bytes
 STRETCH = 16 * FILL  # columns of -inf that a warpgroup writes in its turn
 
 
@@ -95,9 +96,9 @@ class Crew:
             high = jnp.where(some, jnp.maximum(high, end), high)
             clear_from, clear_to = jnp.maximum(clear_from, first), jnp.minimum(clear_to, end)
         low = jnp.minimum(low, high)
-        if p.width is None:  # lines of the result begin where lines of memory do
-            low = lax.div(low, jnp.int32(ROWS)) * ROWS
-        else:
+        step = ROWS if p.width is None else SCALES  # lines of the result, or copies of scales, begin at multiples
+        low = lax.div(low, jnp.int32(step)) * step
+        if p.width is not None:
             clear_to = jnp.minimum(clear_to, self.bounds(token)[0] + p.width)
             for i in range(1, form.rows):
                 clear_to = jnp.minimum(clear_to, self.bounds(token + i)[0] + p.width)
@@ -113,7 +114,8 @@ class Crew:
 
     def key_of(self, low, block):
         """The first key of a block of a group whose blocks begin at key `low`."""
-        return jnp.minimum(low + block * self.form.block, self.p.keys - self.form.block)
+        last = -(-(self.p.keys - self.form.block) // SCALES) * SCALES  # of keys past the end nothing counts
+        return jnp.minimum(low + block * self.form.block, last)
 
     def each_job(self, body: Callable) -> tuple:
         """body(i, jobs' blocks before) -> blocks, for each of the CTA's jobs; (how many jobs, how many blocks)."""
@@ -191,7 +193,6 @@ class Computer(Crew):
             return job.end - job.first
 
         self.each_job(work)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def compute(self, job: Job, slot, blocks) -> None:
         """All blocks of a job."""
@@ -240,16 +241,20 @@ class Computer(Crew):
         if absolute and (not masked or p.keys % ROWS == 0):
             put(self.out.at[token, pl.ds(key, ROWS)], z)
             return
-        # Registers leave for multiples of 64 only: through shared memory.
-        pitch, column, line = p.width or p.keys, key - (0 if absolute else first), self.line.at[self.role, i]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        line[...] = z
-        plgpu.commit_smem()
-        fits = (column >= 0) & (column + ROWS <= pitch) if pitch % 4 == 0 else jnp.bool_(False)
-        low, high = jnp.maximum(-column, 0), jnp.minimum(pitch - column, ROWS)
-        pl.when(fits)(lambda: plgpu.copy_smem_to_gmem(line, self.out.at[token, pl.ds(column, ROWS)]))
-        put_some(self.out, token, column, line, low, jnp.where(fits, low, high))
-        plgpu.commit_smem()
+        pitch, column = p.width or p.keys, key - (0 if absolute else first)
+        fits = (column >= 0) & (column + ROWS <= pitch)
+
+        @pl.when(fits)
+        def _whole():
+            put(self.out.at[token, pl.ds(column, ROWS)], z)
+
+        @pl.when(~fits)
+        def _some():  # registers leave for multiples of 64 only: through shared memory
+            line = self.line.at[self.role, i]
+            line[...] = z
+            plgpu.commit_smem()
+            put_some(self.out, token, column, line, jnp.maximum(-column, 0), jnp.minimum(pitch - column, ROWS))
+            plgpu.commit_smem()
 
     def clear(self, job: Job, i: int) -> None:
         """-inf in the row's columns that no block of the group has, in turn with all that share them."""
