@@ -161,7 +161,7 @@ def check(rng, run, format, heads, tokens, page_size, q_format=None, **shape):
     want, want_lse = random.expected(SCALE)
     assert np.linalg.norm(out - want) <= 4e-3 * np.linalg.norm(want)
     assert relative_error(out, want) <= 8e-3  # of any row
-    np.testing.assert_allclose(lse, want_lse, atol=1e-2)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-2, rtol=1e-3)
 
 
 def check_groups(rng, run, out, format, heads, tokens, page_size, q_format=None, **shape):
@@ -170,7 +170,9 @@ def check_groups(rng, run, out, format, heads, tokens, page_size, q_format=None,
     codes, scale = run(*random.arguments(max_q_len=tokens), scale=SCALE, out=out)
     want = random.expected(SCALE)[0]
     whole = quantize(jnp.asarray(want, jnp.float32).reshape(len(want), -1), out)
-    np.testing.assert_allclose(scale, whole.scale, rtol=5e-3)
+    # A scale that is a power of two may be the next one.
+    other = np.abs(np.asarray(scale) / np.asarray(whole.scale) - 1) > 8e-3
+    assert np.mean(other) <= (0.01 if out.ue8m0 else 0)
     got = pa.dequantize(pa.Quantized(codes, scale, out))
     assert relative_error(np.asarray(got), want.reshape(len(want), -1)) <= 2**-4
     assert np.mean(np.asarray(codes, np.float32) != np.asarray(whole.values, np.float32)) < 0.05

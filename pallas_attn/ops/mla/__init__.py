@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
+from pallas_attn.core.arch import Arch
 from pallas_attn.core.batch import RaggedBatch
 from pallas_attn.core.formats import Format
 from pallas_attn.core.latent_cache import LatentCache
@@ -14,6 +15,7 @@ from pallas_attn.runtime.op import apply
 
 _HERE = "pallas_attn.ops.mla"
 BACKENDS = (
+    Backend("mosaic", f"{_HERE}.mosaic", ("cuda",), (Arch.HOPPER,)),
     Backend("xla", f"{_HERE}.xla", cost="no tensor cores for FP8, several kernels a block"),
     Backend("reference", f"{_HERE}.reference", cost="memory tokens x slots of the cache"),
 )

@@ -213,13 +213,13 @@ class Worker(mosaic_worker.Worker):
     def copy_row(self, sources, slot, row) -> None:
         """Start the copy of one row to its place."""
         if self.interpret is None:
-            size = sources[0].shape[1]
+            size, pitch = sources[0].shape[1], self.landing[0].shape[1]
             inside = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # makes it a plain copy of bytes
-            to = self.landing[-1].at[pl.ds(row * size, size)]
+            to = self.landing[-1].at[pl.ds(row * pitch, size)]
             plgpu.copy_gmem_to_smem(sources[0].at[slot], to, self.landed, oob_mode=inside)
             return
         for source, to in zip(sources, self.landing, strict=True):
-            plgpu.copy_gmem_to_smem(source.at[slot], to.at[row], self.landed)
+            plgpu.copy_gmem_to_smem(source.at[slot], to.at[row, pl.ds(0, source.shape[1])], self.landed)
 
     def widen(self, s: Segment, t) -> None:
         """A tile made ready for the matrix unit; whenever all that has landed is read, the next rows are asked for."""
