@@ -148,12 +148,13 @@ def test_unequal_dims_lower(format):
 
 
 def test_heads_of_a_block():
-    """Three heads of 64 FP8 numbers do not begin where copies may: then each is a block of its own."""
-    cell = ("E4M3_TENSOR", "NHD", 64, 64, (6, 2), "E4M3_TENSOR", "plain", "mixed")
-    *arguments, options = call(cell)
-    assert mosaic_prefill.part_of(prepare(*arguments, **options)[0]) == 1
-    *arguments, options = call((*cell[:5], "bf16", *cell[6:]))
-    assert mosaic_prefill.part_of(prepare(*arguments, **options)[0]) == 3
+    """As many as fill a warpgroup's rows, and whose results begin where copies may."""
+    part = lambda group, out, dim=64: mosaic_prefill.part_of(  # noqa: E731
+        prepare(*call(("E4M3_TENSOR", "NHD", 64, dim, (group, 1), "bf16", "plain", "mixed"))[:3], out=out)[0]
+    )
+    assert [part(n, jnp.bfloat16) for n in (4, 6, 5, 1, 128)] == [4, 2, 1, 1, 64]
+    static = (pa.E4M3_STATIC, 0.5)
+    assert [part(4, static), part(3, static), part(3, static, 128)] == [4, 0, 1]
 
 
 def lower(cell, config=None):
@@ -345,5 +346,6 @@ GOLDENS = [
 def test_goldens_on_gpu(name):
     (q, cache, batch), options = library_problem(name)
     out, lse = on_gpu(q, cache, batch, **options)
+    out = out.values if isinstance(out, pa.Quantized) else out
     # FP8 products are summed in less than float32 by the matrix unit.
     assert_matches_upstream(name, out, lse, lse_atol=1e-3)

@@ -81,11 +81,10 @@ def choose(p: Problem) -> Config:
 
 
 def part_of(p: Problem) -> int:
-    """Heads of one block: the most that divide the group evenly and whose rows of a token begin at multiples of 128
-    bytes, as copies want it; queries of one head come in one copy. None would be 0."""
-    result, query = p.v_head_dim * p.out_dtype.itemsize, p.head_dim * p.q_format.dtype.itemsize
-    fits = lambda part: part * result % 128 == 0 and (part == 1 or part * query % 128 == 0)  # noqa: E731
-    parts = (d for d in range(1, min(p.group, ROWS) + 1) if p.group % d == 0)
+    """Heads of one block: the most that divide the group and a warpgroup's rows evenly and whose results of a token
+    begin at multiples of 128 bytes, as copies want it. None would be 0."""
+    fits = lambda part: part * p.v_head_dim * p.out_dtype.itemsize % 128 == 0  # noqa: E731
+    parts = (d for d in range(1, min(p.group, ROWS) + 1) if p.group % d == 0 and ROWS % d == 0)
     return max(filter(fits, parts), default=0)
 
 
@@ -97,11 +96,12 @@ def form_of(p: Problem, config: Config, few: int = 0) -> Form:
     operand = jnp.float16 if stored == INT8 else stored
     if stored in FP8:
         operand = p.q_format.dtype if p.q_format.quantized else jnp.float8_e4m3fn
-    # bf16 has 8 bits, f16 11 and float32 24; two terms of FP8 8, of bf16 16, of f16 22.
+    # bf16 has 8 bits, f16 11 and float32 24; two terms of FP8 8 and three 12, two of bf16 16, of f16 22.
     exact = p.q_format.quantized or jnp.finfo(operand).nmant >= jnp.finfo(p.q_format.dtype).nmant
+    several = 3 if p.q_format.dtype == jnp.float32 and operand in FP8 else 2
     blocks = p.tokens // (WARPGROUPS * span) + p.seqs + 1
     return Form(
-        config.tile, part, p.group // part, span, 1 if exact else 2, jnp.dtype(operand), jnp.dtype(wide),
+        config.tile, part, p.group // part, span, 1 if exact else several, jnp.dtype(operand), jnp.dtype(wide),
         config.keys, config.values, config.wide, config.ahead, few, blocks,
     )  # fmt: skip
 
@@ -109,7 +109,7 @@ def form_of(p: Problem, config: Config, few: int = 0) -> Form:
 def run(p: Problem, *arrays, config: Config | None = None, few: int = 0, dynamic: bool = True):
     """(out [T, H, DV], lse [T, H] if asked); rows of sequences with at most `few` query tokens hold anything."""
     args = Args(*arrays)
-    form = form_of(p, config or choose(p), few)
+    form = form_of(p, config or choose(p), few)._replace(mirrored=args.mask.symmetric and "window" in p.options)
     leaves, tree = jax.tree.flatten(inputs_of(p, form, args))
     units, workers = p.kv_heads * form.parts, min(SMS, form.cells(p))
     out = [jax.ShapeDtypeStruct((p.tokens, units, form.part, p.v_head_dim), p.out_dtype)]
@@ -170,6 +170,7 @@ def scratch_of(p: Problem, form: Form) -> dict[str, Any]:
         return plgpu.SMEM((slots, tile, dim), dtype, transforms=swizzled(dtype, dim))
 
     pages = max(tile // p.page_size, 1)
+    copies = 1 if mosaic_prefill_compute.INTERPRET is None else form.span
     scratch = _of_query(p, form) | {
         "row_values": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "k_ring": tiles(form.keys, p.head_dim, stored),
@@ -178,7 +179,7 @@ def scratch_of(p: Problem, form: Form) -> dict[str, Any]:
         "ticket": plgpu.SMEM((1,), jnp.int32),
         "news_here": barrier(num_barriers=NEWS),
         "news_used": barrier(num_arrivals=WARPGROUPS + 1, num_barriers=NEWS),
-        "q_here": barrier(num_arrivals=1 if form.part == 1 else form.span, num_barriers=WARPGROUPS),
+        "q_here": barrier(num_arrivals=copies, num_barriers=WARPGROUPS),
         "q_used": barrier(num_barriers=WARPGROUPS),
         "k_here": barrier(num_arrivals=pages, num_barriers=form.keys),
         "k_used": barrier(num_arrivals=WARPGROUPS, num_barriers=form.keys),
@@ -198,7 +199,8 @@ def scratch_of(p: Problem, form: Form) -> dict[str, Any]:
     if p.kv_format.granularity == "token_head":
         scratch |= {name: plgpu.SMEM((form.keys, tile), jnp.float32) for name in ("k_scales", "v_scales")}
     if mosaic_prefill_compute.INTERPRET is not None:
-        scratch["stand_ins"] = [plgpu.SMEM((WARPGROUPS, ROWS, n), jnp.float32) for n in (tile, p.v_head_dim)]
+        columns = ([tile], form.columns(p))
+        scratch["stand_ins"] = [[plgpu.SMEM((WARPGROUPS, ROWS, n), jnp.float32) for n in each] for each in columns]
     return scratch
 
 
@@ -212,15 +214,20 @@ def _of_query(p: Problem, form: Form) -> dict[str, Any]:
     if not form.ahead:
         widths.append(depth * p.q_format.dtype.itemsize)
     q, out, *raw = (ROWS * max(widths) // w for w in widths)
-    memory: list[Any] = [plgpu.SMEM((WARPGROUPS, rows, depth), p.q_format.dtype) for rows in raw]
-    memory.append(
-        plgpu.SMEM((WARPGROUPS, q * form.terms, depth), form.operand, transforms=swizzled(form.operand, depth))
-    )
-    memory.append(plgpu.SMEM((WARPGROUPS, out, out_depth), p.out_dtype))
+    tiles = plgpu.SMEM((WARPGROUPS, q * form.terms, depth), form.operand, transforms=swizzled(form.operand, depth))
+    memory = [tiles, *_rows(form, out, out_depth, p.out_dtype)]
+    if not form.ahead:
+        memory = [*_rows(form, raw[0], depth, p.q_format.dtype), *memory]
     scratch: dict[str, Any] = {"of_query": plgpu.RefUnion(*memory)}
     if form.ahead:
-        scratch["raw_q"] = plgpu.SMEM((WARPGROUPS, ROWS, depth), p.q_format.dtype)
+        scratch["raw_q"] = plgpu.RefUnion(*_rows(form, ROWS, depth, p.q_format.dtype))
     return scratch
+
+
+def _rows(form: Form, rows: int, depth: int, dtype) -> list[Any]:
+    """The same memory of both warpgroups as rows, and as (token, head)."""
+    shapes = (rows, depth), (rows // form.part, form.part, depth)
+    return [plgpu.SMEM((WARPGROUPS, *shape), dtype) for shape in shapes]
 
 
 def shared_bytes(p: Problem, config: Config) -> int:
