@@ -148,13 +148,23 @@ def test_unequal_dims_lower(format):
 
 
 def test_heads_of_a_block():
-    """As many as fill a warpgroup's rows, and whose results begin where copies may."""
-    part = lambda group, out, dim=64: mosaic_prefill.part_of(  # noqa: E731
-        prepare(*call(("E4M3_TENSOR", "NHD", 64, dim, (group, 1), "bf16", "plain", "mixed"))[:3], out=out)[0]
-    )
-    assert [part(n, jnp.bfloat16) for n in (4, 6, 5, 1, 128)] == [4, 2, 1, 1, 64]
-    static = (pa.E4M3_STATIC, 0.5)
-    assert [part(4, static), part(3, static), part(3, static, 128)] == [4, 0, 1]
+    """Three heads of 64 FP8 numbers do not begin where copies may: then each is a block of its own."""
+    cell = ("E4M3_TENSOR", "NHD", 64, 64, (6, 2), "E4M3_TENSOR", "plain", "mixed")
+    *arguments, options = call(cell)
+    assert mosaic_prefill.part_of(prepare(*arguments, **options)[0]) == 1
+    *arguments, options = call((*cell[:5], "bf16", *cell[6:]))
+    assert mosaic_prefill.part_of(prepare(*arguments, **options)[0]) == 3
+
+
+def test_a_head_of_its_own_where_sequences_are_long():
+    *arguments, options = call(("E4M3_TENSOR", "NHD", 64, 64, (6, 2), "bf16", "plain", "mixed"))
+    p = prepare(*arguments, **options)[0]
+
+    def part(tokens):
+        config = mosaic_prefill.choose(dataclasses.replace(p, tokens=tokens))
+        return mosaic_prefill.form_of(p, config).part
+
+    assert [part(40 * p.seqs), part(400 * p.seqs)] == [3, 1]
 
 
 def lower(cell, config=None):

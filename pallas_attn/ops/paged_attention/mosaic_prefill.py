@@ -42,6 +42,7 @@ class Config:
 
     tile: tokens of a step. keys, values, wide: tiles in flight of keys, of values, and of what is widened.
     ahead: whether the next block's query may come before the last one's result has left.
+    alone: whether a block has one head only: then one copy brings a warpgroup's 64 queries, and one takes its result.
     """
 
     tile: int = 128
@@ -49,6 +50,7 @@ class Config:
     values: int = 2
     wide: int = 2
     ahead: bool = True
+    alone: bool = False
 
 
 def supports(p: Problem) -> str | None:
@@ -76,21 +78,27 @@ def choose(p: Problem) -> Config:
     """The configuration for a problem: the first of these that fits the shared memory."""
     tile = 64 if p.head_dim > 128 or p.kv_format.dtype == INT8 else 128
     rings = ((3, 2, 2, True), (3, 2, 2, False), (2, 2, 2, False), (2, 1, 2, False), (2, 1, 1, False), (1, 1, 1, False))
-    choices = [Config(tile, *ring) for ring in rings]
+    # Blocks of all heads of a group have fewer rows of nobody where sequences are short, but copies of a few rows each.
+    alone = p.tokens >= ROWS * p.seqs and fits(p, 1)
+    choices = [Config(tile, *ring, alone) for ring in rings]
     return next((c for c in choices if shared_bytes(p, c) <= SHARED), choices[-1])
 
 
 def part_of(p: Problem) -> int:
-    """Heads of one block: the most that divide the group and a warpgroup's rows evenly and whose results of a token
-    begin at multiples of 128 bytes, as copies want it. None would be 0."""
-    fits = lambda part: part * p.v_head_dim * p.out_dtype.itemsize % 128 == 0  # noqa: E731
-    parts = (d for d in range(1, min(p.group, ROWS) + 1) if p.group % d == 0 and ROWS % d == 0)
-    return max(filter(fits, parts), default=0)
+    """Heads of one block: the most that divide the group evenly and fit. None would be 0."""
+    return max((d for d in range(1, min(p.group, ROWS) + 1) if p.group % d == 0 and fits(p, d)), default=0)
+
+
+def fits(p: Problem, part: int) -> bool:
+    """Whether rows of a token of so many heads begin at multiples of 128 bytes, as copies want it; queries of one head
+    come in one copy."""
+    result, query = part * p.v_head_dim * p.out_dtype.itemsize, part * p.head_dim * p.q_format.dtype.itemsize
+    return result % 128 == 0 and (part == 1 or query % 128 == 0)
 
 
 def form_of(p: Problem, config: Config, few: int = 0) -> Form:
     """The static shape of the kernel for one problem."""
-    part = part_of(p)
+    part = 1 if config.alone else part_of(p)
     stored, span = p.kv_format.dtype, ROWS // part
     wide = jnp.float16 if stored.itemsize == 1 else stored
     operand = jnp.float16 if stored == INT8 else stored
@@ -170,7 +178,6 @@ def scratch_of(p: Problem, form: Form) -> dict[str, Any]:
         return plgpu.SMEM((slots, tile, dim), dtype, transforms=swizzled(dtype, dim))
 
     pages = max(tile // p.page_size, 1)
-    copies = 1 if mosaic_prefill_compute.INTERPRET is None else form.span
     scratch = _of_query(p, form) | {
         "row_values": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "k_ring": tiles(form.keys, p.head_dim, stored),
@@ -179,7 +186,7 @@ def scratch_of(p: Problem, form: Form) -> dict[str, Any]:
         "ticket": plgpu.SMEM((1,), jnp.int32),
         "news_here": barrier(num_barriers=NEWS),
         "news_used": barrier(num_arrivals=WARPGROUPS + 1, num_barriers=NEWS),
-        "q_here": barrier(num_arrivals=copies, num_barriers=WARPGROUPS),
+        "q_here": barrier(num_arrivals=1 if form.part == 1 else form.span, num_barriers=WARPGROUPS),
         "q_used": barrier(num_barriers=WARPGROUPS),
         "k_here": barrier(num_arrivals=pages, num_barriers=form.keys),
         "k_used": barrier(num_arrivals=WARPGROUPS, num_barriers=form.keys),
@@ -214,20 +221,15 @@ def _of_query(p: Problem, form: Form) -> dict[str, Any]:
     if not form.ahead:
         widths.append(depth * p.q_format.dtype.itemsize)
     q, out, *raw = (ROWS * max(widths) // w for w in widths)
-    tiles = plgpu.SMEM((WARPGROUPS, q * form.terms, depth), form.operand, transforms=swizzled(form.operand, depth))
-    memory = [tiles, *_rows(form, out, out_depth, p.out_dtype)]
-    if not form.ahead:
-        memory = [*_rows(form, raw[0], depth, p.q_format.dtype), *memory]
+    memory: list[Any] = [plgpu.SMEM((WARPGROUPS, rows, depth), p.q_format.dtype) for rows in raw]
+    memory.append(
+        plgpu.SMEM((WARPGROUPS, q * form.terms, depth), form.operand, transforms=swizzled(form.operand, depth))
+    )
+    memory.append(plgpu.SMEM((WARPGROUPS, out, out_depth), p.out_dtype))
     scratch: dict[str, Any] = {"of_query": plgpu.RefUnion(*memory)}
     if form.ahead:
-        scratch["raw_q"] = plgpu.RefUnion(*_rows(form, ROWS, depth, p.q_format.dtype))
+        scratch["raw_q"] = plgpu.SMEM((WARPGROUPS, ROWS, depth), p.q_format.dtype)
     return scratch
-
-
-def _rows(form: Form, rows: int, depth: int, dtype) -> list[Any]:
-    """The same memory of both warpgroups as rows, and as (token, head)."""
-    shapes = (rows, depth), (rows // form.part, form.part, depth)
-    return [plgpu.SMEM((WARPGROUPS, *shape), dtype) for shape in shapes]
 
 
 def shared_bytes(p: Problem, config: Config) -> int:

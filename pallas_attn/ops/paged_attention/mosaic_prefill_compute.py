@@ -323,16 +323,15 @@ class Computer(Crew):
 
     def put(self, out, first, count, columns) -> None:
         """Some columns of the rows of the first `count` tokens to where they belong."""
-        form, to, full = self.form, self.outs[0], count == self.form.span
-        if INTERPRET is None:
-            rows = to.at[pl.ds(first, form.span), self.s.unit, :, columns]
-            every = self.o_spans.at[self.role, pl.ds(0, form.span)]
-            pl.when(full)(lambda: plgpu.copy_smem_to_gmem(every, rows))
-            count = jnp.where(full, 0, count)
+        form, to = self.form, self.outs[0]
 
         def token(i, carry):
             source = out.at[pl.ds(i * form.part, form.part)]
             plgpu.copy_smem_to_gmem(source, to.at[first + i, self.s.unit, pl.ds(0, form.part), columns])
             return carry
 
+        if form.part == 1:
+            full = count == ROWS
+            pl.when(full)(lambda: plgpu.copy_smem_to_gmem(out, to.at[pl.ds(first, ROWS), self.s.unit, 0, columns]))
+            count = jnp.where(full, 0, count)
         lax.fori_loop(0, count, token, jnp.int32(0))

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.ops.paged_attention.mosaic_prefill_plan import NUMBERS, WARPGROUPS, Block, Form, Inputs, locate
 from pallas_attn.ops.paged_attention.problem import Problem
-from pallas_attn.runtime.mosaic import Layout, row_layout, take_ticket, token_layout
+from pallas_attn.runtime.mosaic import ROWS, Layout, row_layout, take_ticket, token_layout
 
 # Registers of a thread that prepares and of one that loads; those that compute have 200: of four times 128.
 PREPARES, LOADS = 88, 24
@@ -56,8 +56,10 @@ class Crew:
         self.narrow = p.kv_format.dtype.itemsize == 1
         self.per_token = p.kv_format.granularity == "token_head"
         self.relays = self.form.relays_keys(p)
-        raw, (self.q_tile, self.o_tile, self.o_spans) = self.of_query[:-3], self.of_query[-3:]
-        self.raw_q, self.raw_spans = raw if self.raw_q is None else self.raw_q
+        if self.raw_q is None:
+            self.raw_q, self.q_tile, self.o_tile = self.of_query
+        else:
+            self.q_tile, self.o_tile = self.of_query
 
     def each_block(self, body) -> Any:
         """body(block, tiles of the blocks before) for every block of the CTA; the tiles of all."""
@@ -191,15 +193,15 @@ class Loader(Crew):
         p, form = self.p, self.form
         for role in range(WARPGROUPS):
             pl.when(blocks > 0)(lambda role=role: plgpu.barrier_wait(self.q_used.at[role]))
-            first, here = s.start + s.at + role * form.span, self.q_here.at[role]
-            if self.stand_ins is None:  # rows of tokens that are not there are zero
-                rows = self.x.q.at[pl.ds(first, form.span), s.unit]
-                plgpu.copy_gmem_to_smem(rows, self.raw_spans.at[role, pl.ds(0, form.span)], here)
+            raw, here = self.raw_q.at[role, pl.ds(0, ROWS)], self.q_here.at[role]
+            first = s.start + s.at + role * form.span
+            if form.part == 1:
+                plgpu.copy_gmem_to_smem(self.x.q.at[pl.ds(first, ROWS), s.unit, 0], raw, here)
                 continue
 
-            def token(i, carry, first=first, role=role, here=here):  # the interpreter's memory has one shape
+            def token(i, carry, first=first, raw=raw, here=here):
                 source = self.x.q.at[jnp.minimum(first + i, p.tokens - 1), s.unit]
-                plgpu.copy_gmem_to_smem(source, self.raw_q.at[role, pl.ds(i * form.part, form.part)], here)
+                plgpu.copy_gmem_to_smem(source, raw.at[pl.ds(i * form.part, form.part)], here)
                 return carry
 
             lax.fori_loop(0, form.span, token, jnp.int32(0))
