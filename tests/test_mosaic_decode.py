@@ -358,7 +358,8 @@ def into_nan(q, cache, batch, **options):
     held = [jnp.full(x.shape, jnp.nan, x.dtype) for x in results]
     args = (*held, q, cache, batch)
     compiled = jax.jit(step, donate_argnums=(0, 1), keep_unused=True).lower(*args).compile()
-    assert " copy(" not in compiled.as_text()
+    copies = re.findall(r"= (\S+) copy\(", compiled.as_text())
+    assert set(copies) <= {"s32[1]{0}"}  # of a counter's zero, where CTAs take tickets
     jax.block_until_ready([jnp.full(2**size, jnp.nan) for size in range(8, 24) for _ in range(8)])
     where = [x.unsafe_buffer_pointer() for x in held]
     got = compiled(*args)

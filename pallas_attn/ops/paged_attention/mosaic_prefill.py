@@ -42,6 +42,7 @@ class Config:
 
     tile: tokens of a step. keys, values, wide: tiles in flight of keys, of values, and of what is widened.
     ahead: whether the next block's query may come before the last one's result has left.
+    alone: whether a block has one head only: then one copy brings a warpgroup's 64 queries, and one takes its result.
     """
 
     tile: int = 128
@@ -49,6 +50,7 @@ class Config:
     values: int = 2
     wide: int = 2
     ahead: bool = True
+    alone: bool = False
 
 
 def supports(p: Problem) -> str | None:
@@ -76,32 +78,38 @@ def choose(p: Problem) -> Config:
     """The configuration for a problem: the first of these that fits the shared memory."""
     tile = 64 if p.head_dim > 128 or p.kv_format.dtype == INT8 else 128
     rings = ((3, 2, 2, True), (3, 2, 2, False), (2, 2, 2, False), (2, 1, 2, False), (2, 1, 1, False), (1, 1, 1, False))
-    choices = [Config(tile, *ring) for ring in rings]
+    # Blocks of all heads of a group have fewer rows of nobody where sequences are short, but copies of a few rows each.
+    alone = p.tokens >= ROWS * p.seqs and fits(p, 1)
+    choices = [Config(tile, *ring, alone) for ring in rings]
     return next((c for c in choices if shared_bytes(p, c) <= SHARED), choices[-1])
 
 
 def part_of(p: Problem) -> int:
-    """Heads of one block: the most that divide the group evenly and whose rows of a token begin at multiples of 128
-    bytes, as copies want it; queries of one head come in one copy. None would be 0."""
-    result, query = p.v_head_dim * p.out_dtype.itemsize, p.head_dim * p.q_format.dtype.itemsize
-    fits = lambda part: part * result % 128 == 0 and (part == 1 or part * query % 128 == 0)  # noqa: E731
-    parts = (d for d in range(1, min(p.group, ROWS) + 1) if p.group % d == 0)
-    return max(filter(fits, parts), default=0)
+    """Heads of one block: the most that divide the group evenly and fit. None would be 0."""
+    return max((d for d in range(1, min(p.group, ROWS) + 1) if p.group % d == 0 and fits(p, d)), default=0)
+
+
+def fits(p: Problem, part: int) -> bool:
+    """Whether rows of a token of so many heads begin at multiples of 128 bytes, as copies want it; queries of one head
+    come in one copy."""
+    result, query = part * p.v_head_dim * p.out_dtype.itemsize, part * p.head_dim * p.q_format.dtype.itemsize
+    return result % 128 == 0 and (part == 1 or query % 128 == 0)
 
 
 def form_of(p: Problem, config: Config, few: int = 0) -> Form:
     """The static shape of the kernel for one problem."""
-    part = part_of(p)
+    part = 1 if config.alone else part_of(p)
     stored, span = p.kv_format.dtype, ROWS // part
     wide = jnp.float16 if stored.itemsize == 1 else stored
     operand = jnp.float16 if stored == INT8 else stored
     if stored in FP8:
         operand = p.q_format.dtype if p.q_format.quantized else jnp.float8_e4m3fn
-    # bf16 has 8 bits, f16 11 and float32 24; two terms of FP8 8, of bf16 16, of f16 22.
+    # bf16 has 8 bits, f16 11 and float32 24; two terms of FP8 8 and three 12, two of bf16 16, of f16 22.
     exact = p.q_format.quantized or jnp.finfo(operand).nmant >= jnp.finfo(p.q_format.dtype).nmant
+    several = 3 if p.q_format.dtype == jnp.float32 and operand in FP8 else 2
     blocks = p.tokens // (WARPGROUPS * span) + p.seqs + 1
     return Form(
-        config.tile, part, p.group // part, span, 1 if exact else 2, jnp.dtype(operand), jnp.dtype(wide),
+        config.tile, part, p.group // part, span, 1 if exact else several, jnp.dtype(operand), jnp.dtype(wide),
         config.keys, config.values, config.wide, config.ahead, few, blocks,
     )  # fmt: skip
 
@@ -109,7 +117,7 @@ def form_of(p: Problem, config: Config, few: int = 0) -> Form:
 def run(p: Problem, *arrays, config: Config | None = None, few: int = 0, dynamic: bool = True):
     """(out [T, H, DV], lse [T, H] if asked); rows of sequences with at most `few` query tokens hold anything."""
     args = Args(*arrays)
-    form = form_of(p, config or choose(p), few)
+    form = form_of(p, config or choose(p), few)._replace(mirrored=args.mask.symmetric and "window" in p.options)
     leaves, tree = jax.tree.flatten(inputs_of(p, form, args))
     units, workers = p.kv_heads * form.parts, min(SMS, form.cells(p))
     out = [jax.ShapeDtypeStruct((p.tokens, units, form.part, p.v_head_dim), p.out_dtype)]
@@ -198,7 +206,8 @@ def scratch_of(p: Problem, form: Form) -> dict[str, Any]:
     if p.kv_format.granularity == "token_head":
         scratch |= {name: plgpu.SMEM((form.keys, tile), jnp.float32) for name in ("k_scales", "v_scales")}
     if mosaic_prefill_compute.INTERPRET is not None:
-        scratch["stand_ins"] = [plgpu.SMEM((WARPGROUPS, ROWS, n), jnp.float32) for n in (tile, p.v_head_dim)]
+        columns = ([tile], form.columns(p))
+        scratch["stand_ins"] = [[plgpu.SMEM((WARPGROUPS, ROWS, n), jnp.float32) for n in each] for each in columns]
     return scratch
 
 

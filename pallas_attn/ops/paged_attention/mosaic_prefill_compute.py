@@ -10,13 +10,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_attn.ops.paged_attention.mosaic_config import FP8
 from pallas_attn.ops.paged_attention.mosaic_merge import round_to
 from pallas_attn.ops.paged_attention.mosaic_prefill_crew import Crew
-from pallas_attn.ops.paged_attention.mosaic_prefill_plan import Block
+from pallas_attn.ops.paged_attention.mosaic_prefill_plan import Block, sight
 from pallas_attn.ops.paged_attention.mosaic_worker import FAR, SCALE_RANK, scale_at, via_f32
 from pallas_attn.runtime.mosaic import ACC, LOG2E, OVER_COLUMNS, OVER_ROWS, ROWS, Layout, row_layout
 
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernel on a CPU
 COMPUTES = 200  # registers of a thread: all four warpgroups may have four times 128, or they would wait for ever
-EVER = 2**30  # tokens: more than any sequence has
+FLOOR = -1e29  # least running maximum: weights of logits that are FAR below any are 0
 
 
 class _Rows(NamedTuple):
@@ -44,7 +44,7 @@ class Computer(Crew):
             self.s, self.before = s, tiles
             self.mine = s.at + role * self.form.span  # first token of the rows
             self.take_query()
-            self.finish(*self.accumulate(self.all_tiles, 1))
+            self.finish(*self.accumulate(lambda *sums: self.all_tiles(sums), 1))
             if not self.form.ahead:  # the memory of the result is that of the next query
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(self.q_used.at[role])
@@ -52,45 +52,46 @@ class Computer(Crew):
         self.each_block(block)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def all_tiles(self, acc):
-        """(sum of values, maximum, sum) of the rows over all tiles of the block."""
+    def all_tiles(self, sums):
+        """(sums of values, maximum, sum) of the rows over all tiles of the block."""
         form, s = self.form, self.s
         factor, tile = self.row_factor(), jnp.int32(form.tile)
         whole_from = jnp.clip(lax.div(s.low_clear + (tile - 1), tile) - s.tile0, 1, s.count)
         whole_to = jnp.clip(lax.div(s.clear, tile) - s.tile0, whole_from, s.count)
-        far = plgpu.layout_cast(jnp.full((ROWS,), FAR, jnp.float32), OVER_ROWS)
+        floor = plgpu.layout_cast(jnp.full((ROWS,), FLOOR, jnp.float32), OVER_ROWS)
         zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), OVER_ROWS)
 
         def first(logits):
             self.multiply_keys(logits, jnp.int32(0))
             return self.taken(logits, 0, jnp.int32(0))
 
-        rows, _ = self.soften(self.accumulate(first, 0), factor, jnp.int32(0), far, zero, masked=True)
+        rows, _ = self.soften(self.accumulate(first, 0), factor, jnp.int32(0), floor, zero, masked=True)
         rows = rows._replace(weights=rows.weights.astype(form.wide_type))
 
         def step(t, rows, masked):
-            return self.accumulate(lambda logits: self.step(acc, logits, factor, t, rows, masked), 0)
+            return self.accumulate(lambda logits: self.step(sums, logits, factor, t, rows, masked), 0)
 
         if "window" in self.p.options:
             rows = lax.fori_loop(1, whole_from, lambda t, r: step(t, r, True), rows)
         rows = lax.fori_loop(whole_from, whole_to, lambda t, r: step(t, r, False), rows)
         rows = lax.fori_loop(whole_to, s.count, lambda t, r: step(t, r, True), rows)
-        self.multiply_values(acc, s.count - 1, rows.weights)
-        result = acc[...]
+        self.multiply_values(sums, s.count - 1, rows.weights)
+        result = [acc[...] for acc in sums]
         self.release_values(s.count - 1)
         return result, rows.top, rows.total
 
-    def step(self, acc, logits, factor, t, rows, masked: bool):
+    def step(self, sums, logits, factor, t, rows, masked: bool):
         """The logits of tile t become weights while those of the tile before meet their values."""
         self.multiply_keys(logits, t)
-        self.multiply_values(acc, t - 1, rows.weights)
+        self.multiply_values(sums, t - 1, rows.weights)
         s = self.taken(logits, 1, t)
         rows, keep = self.soften(s, factor, t, rows.top, rows.total, masked)
         # Weights become what the matrix unit reads only when it has read the ones before.
-        now, weights = lax.optimization_barrier((acc[...], rows.weights))
+        now, weights = lax.optimization_barrier(([acc[...] for acc in sums], rows.weights))
         rows = rows._replace(weights=weights.astype(self.form.wide_type))
         self.release_values(t - 1)
-        acc[...] = now * lax.broadcast_in_dim(keep, now.shape, [0])
+        for acc, x in zip(sums, now, strict=True):
+            acc[...] = x * lax.broadcast_in_dim(keep, x.shape, [0])
         return rows
 
     def slot(self, t, slots: int):
@@ -98,13 +99,14 @@ class Computer(Crew):
         return lax.rem(self.before + t, jnp.int32(slots))
 
     def accumulate(self, body, which: int):
-        """body with a zero accumulator: of logits (0) or of values."""
+        """body with zero accumulators: that of a tile's logits (0), or those of the values' columns."""
         if INTERPRET is None:
-            width = (self.form.tile, self.p.v_head_dim)[which]
-            return pl.run_scoped(body, ACC((ROWS, width), jnp.float32))
-        acc = self.stand_ins[which].at[self.role]
-        acc[...] = jnp.zeros(acc.shape, jnp.float32)
-        return body(acc)
+            columns = ([self.form.tile], self.form.columns(self.p))[which]
+            return pl.run_scoped(body, *[ACC((ROWS, width), jnp.float32) for width in columns])
+        accs = [x.at[self.role] for x in self.stand_ins[which]]
+        for acc in accs:
+            acc[...] = jnp.zeros(acc.shape, jnp.float32)
+        return body(*accs)
 
     def multiply(self, acc, a, b) -> None:
         """Start acc += a b in the matrix unit."""
@@ -122,11 +124,14 @@ class Computer(Crew):
         for term in range(form.terms):
             self.multiply(logits, self.q_tile.at[self.role, pl.ds(term * ROWS, ROWS)], keys)
 
-    def multiply_values(self, acc, t, weights) -> None:
+    def multiply_values(self, sums, t, weights) -> None:
         """Start O += P V of tile t."""
         slot = self.slot(t, self.form.value_slots(self.p))
         plgpu.barrier_wait(self.v_ready.at[slot])
-        self.multiply(acc, weights, (self.v_wide if self.narrow else self.v_ring).at[slot])
+        values = (self.v_wide if self.narrow else self.v_ring).at[slot]
+        for i, acc in enumerate(sums):
+            width = acc.shape[1]
+            self.multiply(acc, weights, values.at[:, pl.ds(i * width, width)] if len(sums) > 1 else values)
 
     def taken(self, logits, running: int, t):
         """The logits, once no more than `running` products are under way; the keys' slot is free then."""
@@ -163,18 +168,19 @@ class Computer(Crew):
             s = (self.cap(s) if capped else s) + along(log_scale)
         elif capped:
             s = self.cap(s * over(factor))
-        plain = not capped and not self.per_token
+        elif masked:
+            s = s * over(factor)
+        late = not (capped or self.per_token or masked)  # the factor comes with the subtraction of the maximum
         if seen is not None:
             s = jnp.where(seen, s, FAR)
         peak = jnp.max(s, axis=1)
-        peak = jnp.maximum(top, peak * factor if plain else peak)
+        peak = jnp.maximum(top, peak * factor if late else peak)
         keep = jnp.exp2(top - peak)
-        weights = jnp.exp2((s * over(factor) if plain else s) - over(peak))
-        # The weight carries the value's scale, the sum must not; scales of tokens that are not there may be NaN.
-        mass = weights if log_scale is None else weights * along(jnp.exp2(-log_scale))
-        if seen is not None:
-            mass = jnp.where(seen, mass, 0.0)
-            weights = mass if log_scale is None else jnp.where(seen, weights, 0.0)
+        mass = weights = jnp.exp2((s * over(factor) if late else s) - over(peak))
+        if log_scale is not None:  # the weight carries the value's scale, the sum must not
+            mass = weights * along(jnp.exp2(-log_scale))
+            if seen is not None:  # scales of tokens that are not there may be NaN
+                mass = jnp.where(seen, mass, 0.0)
         total = total * keep + jnp.sum(mass, axis=1)
         return _Rows(peak, total, weights), keep
 
@@ -193,15 +199,10 @@ class Computer(Crew):
         position = self.s.context + self.mine + lax.div(row, jnp.int32(form.part))
         token = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=Layout.WGMMA) + (self.s.tile0 + t) * form.tile
         over = lambda x: lax.broadcast_in_dim(x, shape, [0])  # noqa: E731
-        beyond = jnp.int32(1)  # the row's own token
-        if "per-sequence causal" in p.options:
-            beyond = jnp.where(self.x.causal[self.s.b] != 0, 1, EVER)
-        elif "non-causal" in p.options:
-            beyond = jnp.int32(EVER)
-        seen = token < over(jnp.minimum(position + beyond, self.s.kv_len))
+        ahead, behind = sight(p, form, self.x, self.s.b)
+        seen = token < over(jnp.minimum(position + ahead, self.s.kv_len))
         if "window" in p.options:
-            window = self.x.window[0]
-            seen &= token > over(position - jnp.where(window > 0, window, EVER))
+            seen &= token > over(position - behind)
         return seen
 
     # Query and result
@@ -277,7 +278,7 @@ class Computer(Crew):
             scale = scale * jnp.float32(LOG2E)
         return plgpu.load(self.row_values.at[self.role], layout=OVER_ROWS, optimized=False) * scale
 
-    def finish(self, acc, top, total) -> None:
+    def finish(self, sums, top, total) -> None:
         """The rows' result leaves, with its one rounding."""
         p, form, x = self.p, self.form, self.x
         values = self.row_values.at[self.role]
@@ -288,23 +289,27 @@ class Computer(Crew):
             sink = jnp.maximum(sink + jnp.where(self.s.real, 0.0, FAR), FAR)
             peak = jnp.maximum(top, sink)
             keep = jnp.exp2(top - peak)
-            acc, total = acc * lax.broadcast_in_dim(keep, acc.shape, [0]), total * keep
+            sums, total = [acc * lax.broadcast_in_dim(keep, acc.shape, [0]) for acc in sums], total * keep
             total += jnp.where(sink > FAR, jnp.exp2(sink - peak), 0.0)
             top = peak
         some = jnp.where(total > 0, total, 1.0)
         rank = SCALE_RANK.get(p.kv_format.granularity)
         value_scale = 1.0 if rank is None else scale_at(x.v_scale, rank, self.s.b, self.s.head)
-        result = acc * lax.broadcast_in_dim(value_scale / some, acc.shape, [0])
-        result = round_to(result, p.out_format, p.out_dtype, x.out_scale[0])
+        factor = value_scale / some
+        sums = [acc * lax.broadcast_in_dim(factor, acc.shape, [0]) for acc in sums]
+        sums = [round_to(acc, p.out_format, p.out_dtype, x.out_scale[0]) for acc in sums]
         count = jnp.clip(self.s.q_len - self.mine, 0, form.span)  # real tokens of the rows
         first, out = self.s.start + self.mine, self.o_tile.at[self.role, pl.ds(0, ROWS)]
         if p.return_lse:
             values[...] = jnp.where(total > 0, (top + jnp.log2(some)) / jnp.float32(LOG2E), -jnp.inf)
-        width = out.shape[1]
+        width, part = out.shape[1], sums[0].shape[1]
+        step = min(width, part)
         for at in range(0, p.v_head_dim, width):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()  # the memory is free: of the query, or of the columns before
-            out[...] = result[:, at : at + width]
+            for column in range(at, at + width, step):
+                x = sums[column // part][:, column % part : column % part + step]
+                (out.at[:, pl.ds(column - at, step)] if step < width else out)[...] = x
             plgpu.commit_smem()
             self.put(out, first, count, pl.ds(at, width))
         if p.return_lse:

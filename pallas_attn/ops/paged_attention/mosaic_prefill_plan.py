@@ -9,6 +9,7 @@ from pallas_attn.core.formats import INT8
 from pallas_attn.ops.paged_attention.problem import Problem
 
 WARPGROUPS = 2  # that compute
+EVER = 2**30  # tokens: more than any sequence has
 
 
 class Form(NamedTuple):
@@ -27,11 +28,17 @@ class Form(NamedTuple):
     ahead: bool  # the next block's query has memory of its own
     few: int  # sequences of no more query tokens are somebody else's
     blocks: int  # of all sequences and of what is padding, at most
+    mirrored: bool = False  # a window bounds what lies ahead too, where a sequence is not causal
 
     @property
     def tokens(self) -> int:
         """Query tokens of a block."""
         return WARPGROUPS * self.span
+
+    def columns(self, p: Problem) -> list[int]:
+        """Columns of the accumulators of values: a kernel of 512 threads has no wider ones."""
+        width = min(p.v_head_dim, 128)
+        return [width] * (p.v_head_dim // width)
 
     def cells(self, p: Problem) -> int:
         """Blocks of all heads."""
@@ -132,21 +139,24 @@ def locate(p: Problem, form: Form, x: Inputs, cell) -> tuple[Any, Block]:
     return some, _with_tiles(p, form, x, block)
 
 
+def sight(p: Problem, form: Form, x: Inputs, b) -> tuple[Any, Any]:
+    """(tokens ahead, tokens behind) that rows of a sequence see: those less than so far from a row's own token."""
+    ever = jnp.int32(EVER)
+    behind = ever
+    if "window" in p.options:
+        behind = jnp.where(x.window[0] > 0, jnp.minimum(x.window[0], ever), ever)
+    free = behind if form.mirrored else ever
+    if "per-sequence causal" in p.options:
+        return jnp.where(x.causal[b] != 0, 1, free), behind
+    return free if "non-causal" in p.options else jnp.int32(1), behind
+
+
 def _with_tiles(p: Problem, form: Form, x: Inputs, s: Block) -> Block:
     first = s.context + s.at  # position of the first row
     last = jnp.minimum(first + form.tokens, s.kv_len) - 1
-    end, clear = s.kv_len, jnp.minimum(first + 1, s.kv_len)
-    if "per-sequence causal" in p.options:
-        causal = x.causal[s.b] != 0
-        end, clear = jnp.where(causal, last + 1, end), jnp.where(causal, clear, s.kv_len)
-    elif "non-causal" in p.options:
-        clear = s.kv_len
-    else:
-        end = last + 1
-    low, low_clear = jnp.int32(0), jnp.int32(0)
-    if "window" in p.options:
-        window = x.window[0]
-        low, low_clear = (jnp.where(window > 0, jnp.maximum(i - window + 1, 0), 0) for i in (first, last))
+    ahead, behind = sight(p, form, x, s.b)
+    end, clear = (jnp.minimum(row + ahead, s.kv_len) for row in (last, first))
+    low, low_clear = (jnp.maximum(row - behind + 1, 0) for row in (first, last))
     tile = jnp.int32(form.tile)
     tile0 = lax.div(low, tile)
     # A block that sees nothing has one tile, all of it masked.
