@@ -1,4 +1,4 @@
-"""`python -m bench list | run | plot | tune`: the benchmark of paged attention, MLA, cache writes and gathers;
+"""`python -m bench list | run | plot | tune`: the benchmark of attention, cache writes, gathers and quantisation;
 `python -m bench indexer-accuracy`: what sparse attention answers with the indexer, and with two bugs."""
 
 import argparse
@@ -11,14 +11,15 @@ import jax
 from tabulate import tabulate
 
 import pallas_attn as pa
-from bench import cases, gathers, indexing, layers, mla, record, side, timing, writes
+from bench import cases, gathers, indexing, layers, mla, quantizing, record, side, timing, writes
 from bench.cases import Case
 from bench.gathers import GatherCase
 from bench.indexing import IndexingCase
 from bench.mla import MlaCase
+from bench.quantizing import QuantizeCase
 from bench.writes import WriteCase
 
-type AnyCase = Case | WriteCase | GatherCase | IndexingCase | MlaCase
+type AnyCase = Case | WriteCase | GatherCase | IndexingCase | MlaCase | QuantizeCase
 KINDS = {  # by `case.op`
     "decode": cases,
     "prefill": cases,
@@ -28,7 +29,9 @@ KINDS = {  # by `case.op`
     "indexer": indexing,
     "mla": mla,
     "mla_sparse": mla,
+    "quantize": quantizing,
 }
+MODULES = (cases, writes, gathers, indexing, mla, quantizing)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 def chosen(args: argparse.Namespace) -> list[AnyCase]:
     """The cases that the options select."""
     found = [
-        c for c in (x for kind in (cases, writes, gathers, indexing, mla) for x in kind.all_cases().values())
+        c for c in (x for kind in MODULES for x in kind.all_cases().values())
         if fnmatch.fnmatch(c.name, args.case) and args.op in (None, c.op) and args.layout in (None, c.layout.name)
     ]  # fmt: skip
     if not found:
@@ -89,6 +92,8 @@ def run(args: argparse.Namespace) -> None:
         print(measured if isinstance(measured, str) else measured.line(), flush=True)
         if not small and not args.no_schedule and not isinstance(measured, str):
             record.append(measured, args.results)
+        for other in getattr(KINDS[case.op], "beside", lambda *_: ())(case, args.repeat):
+            print(other.line(), flush=True)
         if args.peers and isinstance(case, Case) and case.op == "decode":
             for peer in side.run_all(case, cases.arguments(case), args.repeat):
                 print(peer.line(), flush=True)
