@@ -104,7 +104,8 @@ def calls(case: QuantizeCase, args: tuple) -> list[tuple[Callable, tuple]]:
 
 def check(case: QuantizeCase, args: tuple, backend: str | None, most: int = 64) -> tuple[float, tuple]:
     """(share of some rows' numbers that differ from the reference on a CPU, the arguments to go on with)."""
-    got = pa.Quantized(*jax.jit(operation(case, backend))(*args), case.format)
+    codes, scale = jax.jit(operation(case, backend))(*args)
+    got = pa.Quantized(codes, scale, case.format)
     picks = np.unique(np.linspace(0, case.tokens - 1, most).astype(int))
     x = jax.device_put(np.asarray(args[0][picks]), jax.devices("cpu")[0])
     want = jax.jit(lambda x: pa.dequantize(pa.quantize(x, case.format, backend="reference")))(x)
