@@ -14,6 +14,7 @@ from bench.cases import Case
 from bench.gathers import GatherCase
 from bench.indexing import IndexingCase
 from bench.mla import MlaCase
+from bench.mla_layer import MlaLayerCase
 from bench.quantizing import QuantizeCase
 from bench.timing import Timing
 from bench.writes import WriteCase
@@ -58,7 +59,7 @@ class Result:
 
 
 def result(
-    case: Case | WriteCase | GatherCase | IndexingCase | MlaCase | QuantizeCase,
+    case: Case | WriteCase | GatherCase | IndexingCase | MlaCase | MlaLayerCase | QuantizeCase,
     backend: str,
     timing: Timing,
     rel_err: float,

@@ -72,14 +72,15 @@ def project(p: Problem, latents, w_uv, out_scale, interpret) -> tuple[jax.Array,
         latents = jnp.pad(latents, ((0, plan.tokens - p.tokens), (0, 0), (0, 0)))
     arrays = _arrays(p, plan)
 
-    def body(x, w, static, *refs, **scratch):
+    def up_project(x, w, static, *refs, **scratch):
         Up(p, plan, x, w, static, refs[0], refs[1] if grouped(p) else None, interpret, **scratch).run()
 
     kernel = plgpu.kernel(
-        body, out_type=arrays, grid=(p.heads, plan.parts), grid_names=("head", "part"), scratch_types=_scratch(p),
+        up_project, out_type=arrays, grid=(p.heads, plan.parts), grid_names=("head", "part"), scratch_types=_scratch(p),
         interpret=interpret,
     )  # fmt: skip
-    values, *scales = kernel(latents, w_uv, out_scale)
+    with jax.named_scope("up-projection"):
+        values, *scales = kernel(latents, w_uv, out_scale)
     return values[: p.tokens], *(_as_scales(p, s) for s in scales)
 
 
@@ -189,6 +190,7 @@ class Up:
     def leave(self, first, x) -> None:
         """Results [64, DV] in float32 of the tokens from `first` on."""
         p, height = self.p, self.plan.height
+        assert p.v_dim is not None
         values, scales = finish(p, x, self.out_scale[0], Layout.WGMMA, self.interpret)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.commit_smem()  # the last results have left, for every warp
