@@ -57,16 +57,16 @@ def run(p: Problem, *arrays, workers: int | None = None):
     args = Args(*arrays)
     if p.v_dim is None:
         return _run(p, args, workers)
-    latents, *lse = _run(mosaic_up.attended(p), args._replace(w_uv=None, out_scale=None), workers)
+    latents, *lse = _run(mosaic_up.attended(p), args._replace(out_scale=None), workers)
     return (*mosaic_up.project(p, latents, args.w_uv, _one(args.out_scale), INTERPRET), *lse)
 
 
 def _run(p: Problem, args: Args, workers: int | None) -> tuple[jax.Array, ...]:
-    """The results where there is no up-projection."""
+    """The results before any up-projection."""
     form = form_of(p, workers)
     x = _inputs(p, form, args)
     *results, partial, stats = attend(p, form, x)
-    results = merge(p, form, x, results, partial, stats, INTERPRET)
+    results = merge(p, form, x, results, partial, stats, INTERPRET, args.w_uv)
     out = as_results(p, form, results[: 1 + grouped(p)])
     return (*out, results[-1].reshape(p.tokens, form.heads)[:, : p.heads]) if p.return_lse else out
 

@@ -7,6 +7,8 @@ the matrix unit, sets the pace. Groups of 64 or 128 lie inside of a head: their 
 
 The last block begins early enough to be whole: what two blocks share is written alike by both. Tokens that are no
 multiple of 8 are filled up with zeros, which costs a copy of the latents.
+
+It is launched before `mosaic_merge` has ended, and asks for the weights at once: they are there when the merge begins.
 """
 
 import dataclasses
@@ -151,6 +153,9 @@ class Up:
         for k in range(PIECES):
             piece = self.w.at[self.head, pl.ds(k * PIECE, PIECE)]
             plgpu.copy_gmem_to_smem(piece, self.weights.at[k], self.w_here.at[k])
+        if self.interpret is None:
+            plgpu.griddepcontrol_wait()
+        for k in range(PIECES):
             self.fetch(jnp.int32(0), k)
         lax.fori_loop(0, self.count, self.block, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
