@@ -113,7 +113,17 @@ QUANTIZE_ROWS = [r for r in json.loads(cases.PEERS.read_text())["cases"] if r["o
 def test_quantisation_has_the_floors_of_the_table(row):
     case = quantizing.all_cases()[row["name"]]
     assert (case.bytes, case.best_peer[0]) == (row["bytes"], row["best_peer"])
-    assert quantizing.all_cases()[row["name"] + "_packed"].bytes == row["bytes"] - 3 * row["T"] * 128
+    if row["T"] > 1:
+        assert quantizing.all_cases()[row["name"] + "_packed"].bytes == row["bytes"] - 3 * row["T"] * 128
+
+
+def test_an_up_projection_is_bound_by_its_weights_or_latents():
+    few, many = (quantizing.all_cases()[f"gq_up_t{t}_h128"] for t in (32, 4096))
+    assert few.bytes == 2 * 128 * 512 * (32 + 128) + 32 * 16384 + 4 * 32 * 128
+    assert few.floor_us == pytest.approx(few.bytes / 3.35e6)
+    assert many.flops / 989e6 < many.floor_us < 200
+    assert isinstance(line := bench.one(few.small(), "xla", 1), record.Result)
+    assert 0 < line.rel_err < 0.03
 
 
 def test_quantisation_runs_beside_a_copy_and_is_exact(capsys):
