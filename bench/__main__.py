@@ -1,4 +1,4 @@
-"""`python -m bench list | run | plot | tune`: the benchmark of paged attention, MLA, cache writes and gathers;
+"""`python -m bench list | run | plot | tune`: the benchmark of attention, cache writes, gathers and quantisation;
 `python -m bench indexer-accuracy`: what sparse attention answers with the indexer, and with two bugs."""
 
 import argparse
@@ -11,14 +11,16 @@ import jax
 from tabulate import tabulate
 
 import pallas_attn as pa
-from bench import cases, gathers, indexing, layers, mla, record, side, timing, writes
+from bench import cases, gathers, indexing, layers, mla, mla_layer, quantizing, record, side, timing, writes
 from bench.cases import Case
 from bench.gathers import GatherCase
 from bench.indexing import IndexingCase
 from bench.mla import MlaCase
+from bench.mla_layer import MlaLayerCase
+from bench.quantizing import QuantizeCase
 from bench.writes import WriteCase
 
-type AnyCase = Case | WriteCase | GatherCase | IndexingCase | MlaCase
+type AnyCase = Case | WriteCase | GatherCase | IndexingCase | MlaCase | MlaLayerCase | QuantizeCase
 KINDS = {  # by `case.op`
     "decode": cases,
     "prefill": cases,
@@ -28,7 +30,10 @@ KINDS = {  # by `case.op`
     "indexer": indexing,
     "mla": mla,
     "mla_sparse": mla,
+    "mla_layer": mla_layer,
+    "quantize": quantizing,
 }
+MODULES = (cases, writes, gathers, indexing, mla, mla_layer, quantizing)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 def chosen(args: argparse.Namespace) -> list[AnyCase]:
     """The cases that the options select."""
     found = [
-        c for c in (x for kind in (cases, writes, gathers, indexing, mla) for x in kind.all_cases().values())
+        c for c in (x for kind in MODULES for x in kind.all_cases().values())
         if fnmatch.fnmatch(c.name, args.case) and args.op in (None, c.op) and args.layout in (None, c.layout.name)
     ]  # fmt: skip
     if not found:
@@ -89,6 +94,8 @@ def run(args: argparse.Namespace) -> None:
         print(measured if isinstance(measured, str) else measured.line(), flush=True)
         if not small and not args.no_schedule and not isinstance(measured, str):
             record.append(measured, args.results)
+        for other in getattr(KINDS[case.op], "beside", lambda *_: ())(case, args.backend, args.repeat):
+            print(other.line(), flush=True)
         if args.peers and isinstance(case, Case) and case.op == "decode":
             for peer in side.run_all(case, cases.arguments(case), args.repeat):
                 print(peer.line(), flush=True)
@@ -105,6 +112,8 @@ def one(case: AnyCase, backend: str | None, repeat: int, scheduled: bool = True)
     if not scheduled:
         args = tuple(dataclasses.replace(x, schedule=None) if isinstance(x, pa.RaggedBatch) else x for x in args)
     alone = backend in getattr(kind, "UNREGISTERED", ())  # kernels that no dispatch knows
+    if alone and jax.default_backend() != "gpu":
+        return f"{case.name:40s} {backend} refuses: not on {jax.default_backend()}"
     names = [str(backend)] if alone else []
     for op, given in () if alone else kind.calls(case, args):
         answers = pa.explain(op, *given, backend=backend)

@@ -14,6 +14,8 @@ from bench.cases import Case
 from bench.gathers import GatherCase
 from bench.indexing import IndexingCase
 from bench.mla import MlaCase
+from bench.mla_layer import MlaLayerCase
+from bench.quantizing import QuantizeCase
 from bench.timing import Timing
 from bench.writes import WriteCase
 
@@ -57,7 +59,10 @@ class Result:
 
 
 def result(
-    case: Case | WriteCase | GatherCase | IndexingCase | MlaCase, backend: str, timing: Timing, rel_err: float
+    case: Case | WriteCase | GatherCase | IndexingCase | MlaCase | MlaLayerCase | QuantizeCase,
+    backend: str,
+    timing: Timing,
+    rel_err: float,
 ) -> Result:
     """What one measurement says of a case. The floor is that of an H100, wherever it ran."""
     peer = case.best_peer

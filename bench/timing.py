@@ -24,12 +24,14 @@ class Timing(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One kernel or copy on the device's timeline, in nanoseconds."""
+    """One kernel or copy on the device's timeline, in nanoseconds; `op` is the instruction of XLA's that it is of."""
 
     start: float
     end: float
     flush: bool
     mosaic: bool = False
+    name: str = ""
+    op: str = ""
 
 
 def measure(fn: Callable, *args, repeat: int = 11, carry: bool = False) -> Timing:
@@ -66,6 +68,11 @@ def _on_cpu(call: Callable[[], object], repeat: int) -> Timing:
 
 
 def _on_gpu(call: Callable[[], object], repeat: int) -> Timing:
+    return summarize(trace(call, repeat))
+
+
+def trace(call: Callable[[], object], repeat: int) -> list[list[Kernel]]:
+    """The kernels of each of so many calls, the L2 cold before each."""
     flush, junk = jax.jit(flush_l2), jnp.ones(FLUSH_BYTES // 4, jnp.float32)
     jax.block_until_ready(flush(junk))
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +85,7 @@ def _on_gpu(call: Callable[[], object], repeat: int) -> Timing:
         calls = split(kernels(data))
     if len(calls) != repeat:
         raise RuntimeError(f"the trace shows {len(calls)} calls instead of {repeat}")
-    return summarize(calls)
+    return calls
 
 
 def flush_l2(x: jax.Array) -> jax.Array:
@@ -97,9 +104,10 @@ def kernels(data: Any) -> list[Kernel]:
             if not line.name.startswith("Stream"):
                 continue
             for event in line.events:
-                module = str(dict(event.stats).get("hlo_module", ""))
-                end = event.start_ns + event.duration_ns
-                found.append(Kernel(event.start_ns, end, "flush_l2" in module, "mosaic" in event.name))
+                stats, end = dict(event.stats), event.start_ns + event.duration_ns
+                module, op = (str(stats.get(key, "")) for key in ("hlo_module", "hlo_op"))
+                flush, mosaic = "flush_l2" in module, "mosaic" in event.name
+                found.append(Kernel(event.start_ns, end, flush, mosaic, event.name, op))
     return sorted(found)
 
 

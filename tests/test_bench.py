@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import cases, gathers, layers, mla, record, sanitize, side, timing, writes
+from bench import cases, gathers, layers, mla, quantizing, record, sanitize, side, timing, writes
 from bench.timing import Kernel, Timing
 
 ROWS = [r for r in json.loads(cases.PEERS.read_text())["cases"] if r["op"] in ("decode", "prefill", "gather")]
@@ -104,6 +104,33 @@ def test_mla_runs_and_is_right(name):
     line = bench.one(mla.all_cases()[name].small(), "xla", 1)
     assert isinstance(line, record.Result)
     assert 0 < line.rel_err < (0.04 if name.endswith("gq") else 4e-3)
+
+
+QUANTIZE_ROWS = [r for r in json.loads(cases.PEERS.read_text())["cases"] if r["op"] == "group_quant"]
+
+
+@pytest.mark.parametrize("row", QUANTIZE_ROWS, ids=lambda r: r["name"])
+def test_quantisation_has_the_floors_of_the_table(row):
+    case = quantizing.all_cases()[row["name"]]
+    assert (case.bytes, case.best_peer[0]) == (row["bytes"], row["best_peer"])
+    if row["T"] > 1:
+        assert quantizing.all_cases()[row["name"] + "_packed"].bytes == row["bytes"] - 3 * row["T"] * 128
+
+
+def test_an_up_projection_is_bound_by_its_weights_or_latents():
+    few, many = (quantizing.all_cases()[f"gq_up_t{t}_h128"] for t in (32, 4096))
+    assert few.bytes == 2 * 128 * 512 * (32 + 128) + 32 * 16384 + 4 * 32 * 128
+    assert few.floor_us == pytest.approx(few.bytes / 3.35e6)
+    assert many.flops / 989e6 < many.floor_us < 200
+    assert isinstance(line := bench.one(few.small(), "xla", 1), record.Result)
+    assert 0 < line.rel_err < 0.03
+
+
+def test_quantisation_runs_beside_a_copy_and_is_exact(capsys):
+    bench.main(["run", "--op", "quantize", "--case", "gq_t32_n16384_packed", "--repeat", "1"])
+    said = capsys.readouterr().out
+    assert "error 0.0e+00" in said
+    assert "copy of as many bytes" in said
 
 
 def test_peers_run_beside_or_say_why_not(monkeypatch):

@@ -103,7 +103,12 @@ REFUSED = {
     "heads": ({"heads": 136}, "no 136 heads"),
     "nvfp4": ({"out": (pa.NVFP4, 0.1)}, "no NVFP4 output"),
     "packed": ({"out": pa.e4m3_group(128, ue8m0=True, order="tma", packed=True)}, "PACKED output"),
-    "up-projection": ({"w_uv": S((128, 512, 128), jnp.bfloat16)}, "no up-projection"),
+    "up-projection": ({"w_uv": S((128, 512, 96), jnp.bfloat16)}, "no up-projection to 96"),
+    "wide weights": (
+        {"w_uv": S((128, 512, 128), jnp.float32)},
+        "no float32 up-projection of latents from a BF16 cache",
+    ),
+    "f16 weights": ({"w_uv": S((128, 512, 128), jnp.float16)}, "no float16 up-projection of latents from a BF16 cache"),
     "list": ({"format": "E4M3_TENSOR", "topk": S((8, 64), jnp.int32)}, "no E4M3_TENSOR cache with a list of keys"),
     "rows": ({"format": "FP8_DS_MLA"}, "no FP8_DS_MLA cache without a list of keys"),
     "many tokens": (

@@ -50,11 +50,26 @@ INTERPRETED = [
 
 
 @pytest.mark.parametrize("cell", INTERPRETED, ids=lambda c: "-".join(map(str, c)))
-def test_interpreted(cell, rng, monkeypatch):
+@pytest.mark.parametrize("busy", [0, mosaic.BUSY])
+def test_interpreted(busy, cell, rng, monkeypatch):
+    """With several tiles to a CTA as for large problems, and one."""
     monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
+    monkeypatch.setattr(mosaic, "BUSY", busy)
     name, shape, dtype = cell
     p, args = prepare(interesting(rng, shape, DTYPES[dtype]), FORMATS[name])
     same_bytes(mosaic.run(p, *args), reference.run(p, *args))
+
+
+@pytest.mark.parametrize(("name", "shape", "cut"), [
+    ("E4M3_GROUP128", (4096, 16384), (4096 * 128, 1, 32, 4)),
+    ("E4M3_GROUP128", (128, 16384), (128 * 128, 1, 32, 1)),
+    ("E4M3_GROUP128", (32, 16384), (32 * 128, 1, 8, 1)),
+    ("E4M3_GROUP128_UE8M0_TMA_PACKED", (128, 16384), (128, 128, 8, 4)),
+])  # fmt: skip
+def test_small_problems_have_small_ctas(name, shape, cut):
+    p, _ = prepare(S(shape, jnp.bfloat16), FORMATS[name])
+    assert mosaic.cut_of(p) == cut
+    assert np.prod(mosaic.grid_of(p, mosaic.cut_of(p))) >= mosaic.BUSY
 
 
 def lower(name, shape, dtype):

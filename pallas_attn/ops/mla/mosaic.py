@@ -1,4 +1,5 @@
-"""MLA on Hopper, in two launches: workers that read the cache (`mosaic_worker`), and `mosaic_merge`."""
+"""MLA on Hopper, in two launches: workers that read the cache (`mosaic_worker`), and `mosaic_merge`; `mosaic_up` is a
+third where results are up-projected."""
 
 from typing import Any
 
@@ -8,7 +9,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.formats import BF16, E4M3, F16, FP8_DS_MLA
 from pallas_attn.core.quantized import Quantized
-from pallas_attn.ops.mla import mosaic_float, mosaic_fp8, mosaic_sparse, mosaic_sparse_float, mosaic_sparse_rows
+from pallas_attn.ops.mla import (
+    mosaic_float,
+    mosaic_fp8,
+    mosaic_sparse,
+    mosaic_sparse_float,
+    mosaic_sparse_rows,
+    mosaic_up,
+)
 from pallas_attn.ops.mla.mosaic_finish import as_results, grouped, result_arrays
 from pallas_attn.ops.mla.mosaic_form import LATENT, ROPE, Form, Inputs, form_of
 from pallas_attn.ops.mla.mosaic_merge import merge
@@ -26,7 +34,6 @@ def supports(p: Problem) -> str | None:
     tokens, out, rows = p.max_q_len or MOST_TOKENS + 1, p.out_format, p.kv_format == FP8_DS_MLA
     refusals = {
         "an empty call": p.empty,
-        "no up-projection": p.v_dim is not None,
         f"it needs batch.max_q_len <= {MOST_TOKENS} or a list of keys": tokens > MOST_TOKENS and not p.topk,
         f"no latent of {p.latent_dim} with a rotary part of {p.rope_dim}": (p.latent_dim, p.rope_dim) != (LATENT, ROPE),
         f"no {p.kv_format} cache with a list of keys": bool(p.topk) and p.kv_format.granularity == "tensor",
@@ -38,32 +45,43 @@ def supports(p: Problem) -> str | None:
         f"no page size {p.page_size}": not rows and p.page_size not in (16, 32, 64, 128, 256),
         f"no {p.heads} heads": p.heads > 128,
         f"no {p.out_dtype} output": p.out_dtype.itemsize > 4,
-        f"no {out} output": out is not None and (out.two_level or out.scale_type != "float32"),
+        f"no {out} output": out is not None and (out.two_level or (out.scale_type != "float32" and p.v_dim is None)),
         f"no more than {MOST_SEQS} sequences": not p.topk and p.seqs > MOST_SEQS,
         f"no more than {MOST_SEQS} tokens with a list of keys": bool(p.topk) and p.tokens > MOST_SEQS,
-    }
+    } | mosaic_up.refuses(p)
     return next((reason for reason, refused in refusals.items() if refused), None)
 
 
 def run(p: Problem, *arrays, workers: int | None = None):
     """(out, the scales that are found, lse [T, H] if asked)."""
     args = Args(*arrays)
+    if p.v_dim is None:
+        return _run(p, args, workers)
+    latents, *lse = _run(mosaic_up.attended(p), args._replace(out_scale=None), workers)
+    return (*mosaic_up.project(p, latents, args.w_uv, _one(args.out_scale), INTERPRET), *lse)
+
+
+def _run(p: Problem, args: Args, workers: int | None) -> tuple[jax.Array, ...]:
+    """The results before any up-projection."""
     form = form_of(p, workers)
     x = _inputs(p, form, args)
     *results, partial, stats = attend(p, form, x)
-    results = merge(p, form, x, results, partial, stats, INTERPRET)
+    results = merge(p, form, x, results, partial, stats, INTERPRET, args.w_uv)
     out = as_results(p, form, results[: 1 + grouped(p)])
     return (*out, results[-1].reshape(p.tokens, form.heads)[:, : p.heads]) if p.return_lse else out
 
 
+def _one(x) -> jax.Array:
+    return jnp.ones(1) if x is None else jnp.reshape(x, (1,)).astype(jnp.float32)
+
+
 def _inputs(p: Problem, form: Form, args: Args) -> Inputs:
-    one = lambda x: jnp.ones(1) if x is None else jnp.reshape(x, (1,)).astype(jnp.float32)  # noqa: E731
     parts = [_rows(p, form, q.values if isinstance(q, Quantized) else q) for q in (args.q_latent, args.q_rope)]
     scales = tuple(_row_scales(p, form, q) for q in (args.q_latent, args.q_rope))
     where = _listed(p, args) if p.topk else _pages(p, args)
     return Inputs(
-        parts[0], parts[1], **where, scale=one(args.scale), cache_scale=one(args.cache.scale), q_scales=scales,
-        out_scale=one(args.out_scale),
+        parts[0], parts[1], **where, scale=_one(args.scale), cache_scale=_one(args.cache.scale), q_scales=scales,
+        out_scale=_one(args.out_scale),
     )  # fmt: skip
 
 

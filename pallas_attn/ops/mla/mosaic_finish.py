@@ -104,12 +104,12 @@ def leave_scales(p: Problem, form: Form, tile, out, row, real, chunk: int, group
             token, head = lax.div(row + at, jnp.int32(form.heads)), lax.rem(row + at, jnp.int32(form.heads))
             heads = pl.ds(head, chunk)
             scales = plgpu.load(tile.at[pl.ds(at, chunk)], layout=token_layout(chunk), optimized=False)
-            _scatter(out.at[token, heads, group] if row_order else out.at[heads, group, token], scales)
+            scatter(out.at[token, heads, group] if row_order else out.at[heads, group, token], scales)
 
         pl.when(at < real)(some)
 
 
-def _scatter(ref, x) -> None:
+def scatter(ref, x) -> None:
     """Store numbers that do not lie together; JAX 0.12 wants to be told that they need not."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, x, optimized=False)  # type: ignore[attr-defined]

@@ -21,9 +21,12 @@ BANDS = LATENT // PART
 WAVES = 4  # CTAs for each SM that keep the memory busy
 
 
-def merge(p: Problem, form: Form, x: Inputs, results, partial, stats, interpret) -> list[jax.Array]:
+def merge(p: Problem, form: Form, x: Inputs, results, partial, stats, interpret, following=None) -> list[jax.Array]:
     """The results, and the LSE [T * heads] if asked, from what the workers left. A CTA takes some rows of a sequence,
-    of those PART columns."""
+    of those PART columns.
+
+    following: what a next launch reads before this one has ended, which therefore has to be there when this one begins.
+    """
     tall = ROWS
     while tall > form.rows or (tall > 8 and form.seqs * (form.heads * form.tokens // tall) * BANDS < WAVES * SMS):
         tall //= 2
@@ -35,16 +38,19 @@ def merge(p: Problem, form: Form, x: Inputs, results, partial, stats, interpret)
     memory = [jax.new_ref(r) for r in results]
     out = [jax.ShapeDtypeStruct((p.tokens * form.heads,), jnp.float32)] if p.return_lse else []
     arrays = (partial, stats, x.cu_q_lens, x.kv_lens, x.live, x.before, x.out_scale)
+    more = () if following is None else (following,)
 
     def combine(*refs):
-        ins, places, rest = refs[: len(arrays)], refs[len(arrays) : len(arrays) + len(memory)], refs[-2 - len(out) :]
-        Merge(p, form, tall, together, ins, places, rest[:-2], rest[-2], rest[-1], interpret).run()
+        ins, refs = refs[: len(arrays)], refs[len(arrays) + len(more) :]
+        places, rest = refs[: len(memory)], refs[len(memory) :]
+        body = Merge(p, form, tall, together, ins, places, rest[:-2], rest[-2], rest[-1], interpret)
+        body.run(followed=bool(more))
 
     kernel = plgpu.kernel(
         combine, out_type=tuple(out), grid=(form.seqs, tiles, BANDS), grid_names=("seq", "tile", "band"),
         scratch_types=[plgpu.SMEM((tall, PART), p.out_dtype), plgpu.SMEM((tall,), jnp.float32)], interpret=interpret,
     )  # fmt: skip
-    lse = kernel(*arrays, *memory)
+    lse = kernel(*arrays, *more, *memory)
     return [*(jax.freeze(m) for m in memory), *lse]
 
 
@@ -62,7 +68,7 @@ class Merge:
         self.layout = row_layout(PART)
         self.of_rows = self.layout.reduce(1)
 
-    def run(self) -> None:
+    def run(self, followed: bool) -> None:
         """One tile."""
         p, form = self.p, self.form
         b, self.number, self.band = (lax.axis_index(name) for name in ("seq", "tile", "band"))
@@ -77,6 +83,8 @@ class Merge:
         self.first_slot = self.low + b
         if self.interpret is None:  # launched before the workers have ended: nothing of theirs is read sooner
             plgpu.griddepcontrol_wait()
+            if followed:
+                plgpu.griddepcontrol_launch_dependents()
         wanted = (self.parts != 1) if self.lse is None else (self.parts != 1) | (self.band == 0)
         pl.when((self.real > 0) & wanted)(self.add_up)
         pl.when(self.number == 0)(lambda: self.clear(b))

@@ -37,6 +37,7 @@ class Problem:
     topk_slots: bool
     topk_lengths: bool
     v_dim: int | None  # of the up-projection
+    w_dtype: np.dtype | None  # of its weights
     out_dtype: np.dtype
     out_format: Format | None
     return_lse: bool
@@ -87,7 +88,7 @@ def prepare(
         tokens, heads, latent_dim, cache.rope_dim, seqs, cache.num_pages, cache.page_size, pages_per_seq,
         batch.max_q_len, q_format, cache.format, None if topk is None else topk.indices.shape[1],
         topk is not None and topk.slots, topk is not None and topk.lengths is not None,
-        v_dim, out_dtype, out_format, return_lse,
+        v_dim, None if w_uv is None else np.dtype(w_uv.dtype), out_dtype, out_format, return_lse,
     )  # fmt: skip
     return problem, Args(q_latent, q_rope, cache, batch, jnp.asarray(scale, jnp.float32), topk, w_uv, out_scale)
 

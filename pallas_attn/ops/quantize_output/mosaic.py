@@ -2,13 +2,15 @@
 
 A matrix [M, D] is cut into tiles of some rows and one group, so that a tile's scales are neighbours in a column of
 scales; scales in rows are those of a matrix [M * G, group]. A CTA of one warpgroup asks for several tiles at once, one
-below the other, or for packed exponents the four groups of a word, and takes them in turn. Sixteen lanes hold a row
+below the other, or for packed exponents the four groups of a word, and takes them in turn; small problems have smaller
+CTAs, so that all SMs have some. Sixteen lanes hold a row
 and load 16 bytes each, so that a scale is found inside a warp. Values and scales leave by TMA. The last tile begins
 early enough to be whole: what two tiles share is written alike by both.
 
 It has not run on a GPU yet, and is not among the op's backends.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,20 +23,22 @@ from pallas_attn.core.formats import E4M3, GROUPS
 from pallas_attn.core.group_scales import MANTISSA
 from pallas_attn.core.quantized import quantized_arrays, scale_of, to_codes
 from pallas_attn.ops.quantize_output.problem import Args, Problem
-from pallas_attn.runtime.mosaic import divide, row_layout
+from pallas_attn.runtime.mosaic import SMS, divide, row_layout
 
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernel on a CPU
-TILES = 4  # of a CTA: bytes on their way while the first is worked on; the groups of an int32
+TILES = 4  # of a CTA, at most: bytes on their way while the first is worked on; the groups of an int32
+BUSY = 3 * SMS  # CTAs: below that, more of them with less to do
 MOST_ROWS = 32  # of a tile: its registers hold it in float32
 WHOLE = 4  # rows: 16 bytes of scales, where a copy of them may begin
 
 
 class Cut(NamedTuple):
-    """How a problem is cut: a matrix of rows and groups, tiles of `height` rows."""
+    """How a problem is cut: a matrix of rows and groups, tiles of `height` rows, some to a CTA."""
 
     rows: int
     groups: int
     height: int
+    tiles: int
 
 
 def cut_of(p: Problem) -> Cut:
@@ -45,7 +49,23 @@ def cut_of(p: Problem) -> Cut:
         rows *= n
     if p.format.order == "row":
         rows, width = rows * (width // size), size
-    return Cut(rows, width // size, min(MOST_ROWS, rows // 8 * 8))
+    cut = Cut(rows, width // size, min(MOST_ROWS, max(rows // 8, 1) * 8), TILES)
+    while not _packed(p) and cut.tiles > 1 and math.prod(grid_of(p, cut)) < BUSY:
+        cut = cut._replace(tiles=cut.tiles // 2)
+    while cut.height % 16 == 0 and math.prod(grid_of(p, cut)) < BUSY:
+        cut = cut._replace(height=cut.height // 2)
+    return cut
+
+
+def grid_of(p: Problem, cut: Cut) -> tuple[int, int]:
+    """CTAs: by rows, and by groups or words of groups."""
+    if _packed(p):
+        return -(-cut.rows // cut.height), -(-cut.groups // TILES)
+    return -(-cut.rows // (cut.height * cut.tiles)), cut.groups
+
+
+def _packed(p: Problem) -> bool:
+    return p.format.scale_type == "int32"
 
 
 def supports(p: Problem) -> str | None:
@@ -69,21 +89,20 @@ def run(p: Problem, *arrays):
     """(values, scales that are found)."""
     x, cut, size = Args(*arrays).x, cut_of(p), p.format.group or 1
     values, scale = quantized_arrays(p.format, p.shape, False)
-    packed = p.format.scale_type == "int32"
-    columns = -(-cut.groups // TILES) if packed else cut.groups
+    grid = grid_of(p, cut)
     kernel = plgpu.kernel(
         lambda *refs: _quantize(p, cut, *refs),
         out_type=[
             jax.ShapeDtypeStruct((cut.rows, cut.groups * size), values.dtype),
-            jax.ShapeDtypeStruct((columns, cut.rows), scale.dtype),
+            jax.ShapeDtypeStruct((grid[1], cut.rows), scale.dtype),
         ],
-        grid=(-(-cut.rows // (cut.height * (1 if packed else TILES))), columns),
+        grid=grid,
         grid_names=("rows", "columns"),
         scratch_types=[
-            plgpu.SMEM((TILES, cut.height, size), p.dtype),
-            plgpu.SMEM((TILES, cut.height, size), values.dtype),
-            plgpu.SMEM((TILES, MOST_ROWS), scale.dtype),
-            plgpu.Barrier(num_arrivals=1, num_barriers=TILES),
+            plgpu.SMEM((cut.tiles, cut.height, size), p.dtype),
+            plgpu.SMEM((cut.tiles, cut.height, size), values.dtype),
+            plgpu.SMEM((cut.tiles, MOST_ROWS), scale.dtype),
+            plgpu.Barrier(num_arrivals=1, num_barriers=cut.tiles),
         ],
         interpret=INTERPRET,
     )
@@ -92,12 +111,12 @@ def run(p: Problem, *arrays):
 
 
 def _quantize(p: Problem, cut: Cut, x, values, scale, raw, codes, found, ready) -> None:
-    size, packed = p.format.group or 1, p.format.scale_type == "int32"
+    size, packed = p.format.group or 1, _packed(p)
     row, column = lax.axis_index("rows"), lax.axis_index("columns")
 
     def place(i: int):
         """(first row, group) of a tile; past the last of either, the last."""
-        first = row * cut.height if packed else (row * TILES + i) * cut.height
+        first = row * cut.height if packed else (row * cut.tiles + i) * cut.height
         group = jnp.minimum(column * TILES + i, cut.groups - 1) if packed else column
         return jnp.minimum(first, cut.rows - cut.height), group
 
@@ -105,10 +124,10 @@ def _quantize(p: Problem, cut: Cut, x, values, scale, raw, codes, found, ready) 
         first, group = place(i)
         return pl.ds(first, cut.height), pl.ds(group * size, size)
 
-    for i in range(TILES):
+    for i in range(cut.tiles):
         plgpu.copy_gmem_to_smem(x.at[part(i)], raw.at[i], ready.at[i])
     word = None
-    for i in range(TILES):
+    for i in range(cut.tiles):
         plgpu.barrier_wait(ready.at[i])
         number = _tile(p, raw.at[i], codes.at[i])
         if packed:
@@ -119,7 +138,7 @@ def _quantize(p: Problem, cut: Cut, x, values, scale, raw, codes, found, ready) 
     if packed:
         found[0, pl.ds(0, cut.height)] = word
     plgpu.commit_smem()
-    for i in range(TILES):
+    for i in range(cut.tiles):
         plgpu.copy_smem_to_gmem(codes.at[i], values.at[part(i)])
         if i == 0 or not packed:
             rows, _ = part(i)
