@@ -2,6 +2,7 @@
 the Hopper kernel, which no dispatch knows yet and which is called by itself."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from cover import pairwise
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_attn as pa
+from bench import indexing
 from pallas_attn.ops.sparse_indexer import mosaic_rope, turns
 from pallas_attn.ops.sparse_indexer.rope import reference, xla
 from pallas_attn.ops.sparse_indexer.rope.problem import prepare
@@ -162,6 +164,18 @@ def test_every_cell_lowers(cell):
     lower(cell)
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_a_decode_step_is_three_launches(early):
+    """Of which two, where they overlap, begin beside the one before."""
+    case = indexing.all_cases()["indexer_b64_c131072"]
+    args = jax.eval_shape(functools.partial(indexing.arguments, case))
+    text = jax.jit(indexing.operation(case, "mosaic", early=early)).trace(*args).lower(lowering_platforms=("cuda",))
+    text = text.as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 3
+    assert text.count("griddepcontrol.wait") == 2 * early
+    assert text.count("griddepcontrol.launch_dependents") == 2 * early
+
+
 def test_refuses():
     turn = S((3, 32), jnp.float32)
     refuses = lambda shape, turn=turn, **k: mosaic_rope.supports(prepare(S(shape, jnp.bfloat16), turn, turn, **k)[0])  # noqa: E731
@@ -185,3 +199,13 @@ def test_on_gpu(cell, rng):
     there = jax.device_put(args, jax.devices()[0])
     same_bits(jax.jit(lambda *a: mosaic_rope.run(p, *a))(*there), want)
     same_bits(jax.jit(lambda *a: xla.run(p, *a))(*there), want)
+
+
+@pytest.mark.gpu
+def test_kernels_that_overlap_choose_the_same():
+    case = indexing.all_cases()["indexer_b32_c32768"]
+    args = indexing.arguments(case)
+    apart, overlapping = (jax.jit(indexing.operation(case, "mosaic", early=early)) for early in (False, True))
+    want = np.asarray(apart(*args))
+    for _ in range(20):
+        np.testing.assert_array_equal(overlapping(*args), want)

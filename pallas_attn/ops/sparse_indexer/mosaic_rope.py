@@ -43,12 +43,12 @@ def supports(p: Problem) -> str | None:
     return next((reason for reason, refused in refusals.items() if refused), None)
 
 
-def run(p: Problem, *arrays):
-    """(values, scales)."""
+def run(p: Problem, *arrays, early: bool = False):
+    """(values, scales). early: the next kernel may start beside this one, and waits for it."""
     args, height = Args(*arrays), min(MOST_ROWS, p.heads)
     values, scale = outputs(p)
     kernel = plgpu.kernel(
-        lambda *refs: _rope_quantize(p, height, *refs),
+        lambda *refs: _rope_quantize(p, height, early, *refs),
         out_type=[values, jax.ShapeDtypeStruct((p.tokens, p.heads), scale.dtype)],
         grid=(p.tokens, -(-p.heads // height)),
         grid_names=("token", "heads"),
@@ -72,7 +72,9 @@ def _factors(p: Problem, args: Args) -> jax.Array:
     return jnp.pad(both, ((0, 0), (0, 0), (0, DIM - 2 * p.half)))
 
 
-def _rope_quantize(p: Problem, height: int, x, factors, values, scale, raw, codes, found, ready) -> None:
+def _rope_quantize(p: Problem, height: int, early: bool, x, factors, values, scale, raw, codes, found, ready) -> None:
+    if early:
+        plgpu.griddepcontrol_launch_dependents()
     token = lax.axis_index("token")
     # The last share begins early enough to be whole: heads of two shares are written alike by both.
     heads = pl.ds(jnp.minimum(lax.axis_index("heads") * height, p.heads - height), height)
