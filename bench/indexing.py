@@ -1,5 +1,6 @@
 """The cases of the sparse indexer: logits over cached keys (pmqa_*), over contiguous ones (mqa_*), selections (topk_*),
-and a decode step of all three parts, quantisation of the queries first (indexer_*).
+rotation and quantisation of queries (rope_*),
+and a decode step of all three parts (indexer_*).
 
 No dispatch knows the Hopper kernels yet: `--backend mosaic` calls them by themselves, and `python -m bench.indexing
 'pmqa_*'` times their variants.
@@ -21,14 +22,16 @@ import pallas_attn as pa
 from bench import timing
 from bench.cases import PEERS
 from pallas_attn.core.arch import H100
-from pallas_attn.ops.sparse_indexer import mosaic_logits, mosaic_paged_logits, mosaic_topk
+from pallas_attn.ops.sparse_indexer import mosaic_logits, mosaic_paged_logits, mosaic_rope, mosaic_topk, turns
 from pallas_attn.ops.sparse_indexer.logits import problem as logits_problem
 from pallas_attn.ops.sparse_indexer.paged_logits import problem as paged_problem
+from pallas_attn.ops.sparse_indexer.rope import problem as rope_problem
 from pallas_attn.ops.sparse_indexer.topk import problem as topk_problem
 
 UNREGISTERED = ("mosaic",)
 KINDS = {"paged_mqa_logits": "pmqa", "mqa_logits": "mqa", "topk": "topk"}
 PAGE, TOKEN = 64, 132  # tokens of a page, bytes of a token
+HALF = 32  # pairs of dims that RoPE turns
 PARTS_US = {"indexer_b64_c131072": ("parts of the peers", 470.0)}  # without quantisation
 
 
@@ -37,7 +40,7 @@ class IndexingCase:
     """One shape: so many rows over so many keys each."""
 
     name: str
-    kind: str  # "pmqa", "mqa", "topk" or "indexer"
+    kind: str  # "pmqa", "mqa", "topk", "rope" or "indexer"
     rows: int
     lens: tuple[int, ...]  # keys of each sequence; of the one there is (mqa); or of each row (topk)
     next_n: int = 1
@@ -69,6 +72,8 @@ class IndexingCase:
         match self.kind:
             case "topk":
                 return 4 * self.rows * self.keys + positions
+            case "rope":
+                return queries + self.rows * (2 * self.heads * self.dim + 8 * HALF)
             case "mqa":
                 return TOKEN * self.keys + queries + 4 * self.rows * self.keys
         cached = sum(TOKEN * n + 4 * -(-n // PAGE) for n in self.lens)
@@ -79,7 +84,7 @@ class IndexingCase:
     @property
     def flops(self) -> int:
         """Multiply-adds of the products, times two."""
-        return 0 if self.kind == "topk" else 2 * self.pairs * self.heads * self.dim
+        return 0 if self.kind in ("topk", "rope") else 2 * self.pairs * self.heads * self.dim
 
     @property
     def floor_us(self) -> float:
@@ -120,6 +125,7 @@ def _own() -> list[IndexingCase]:
     sizes = ((64, 32768), (64, 131072), (1, 131072))
     adversarial = [topk(f"topk_b{b}_c{c}_{x}", b, c, x) for b, c in sizes for x in NUMBERS if x != "normal"]
     return [
+        *(IndexingCase(f"rope_b{n}", "rope", n, (1,) * n) for n in (64, 4096)),
         pmqa("pmqa_b64_ragged131072", ragged), pmqa("pmqa_b32_c32768_n2", (32768,) * 32, 2),
         pmqa("pmqa_b8_c32768_n8", (32768,) * 8, 8), *whole, *adversarial,
         topk("topk_b8_c1048576", 8, 1 << 20), topk("topk_b8_c1048576_k4096", 8, 1 << 20, k=4096),
@@ -149,14 +155,18 @@ def all_cases() -> dict[str, IndexingCase]:
 
 
 def arguments(case: IndexingCase, seed: int = 0) -> tuple[Any, ...]:
-    """Random arguments: (queries, weights, cache, batch); (queries, keys, weights, starts, ends); (logits, ends)."""
+    """Random arguments: (queries, weights, cache, batch), of a decode step (queries, cos, sin, weights, cache, batch);
+    (queries, keys, weights, starts, ends); (logits, ends); (queries, cos, sin)."""
     keys = jax.random.split(jax.random.key(seed), 4)
     if case.kind == "topk":
         return NUMBERS[case.numbers](keys[0], (case.rows, case.keys)), jnp.asarray(case.lens, jnp.int32)
     shape = (case.rows, case.heads, case.dim)
     q, weights = jax.random.normal(keys[0], shape, jnp.bfloat16), jax.random.normal(keys[1], shape[:2])
+    turn = turns.angles(131072 + jnp.arange(case.rows), 10_000.0 ** (-jnp.arange(HALF) / HALF))
+    if case.kind == "rope":
+        return q, *turn
     if case.kind == "indexer":
-        return q, weights, *_cached(case, keys[2], seed)
+        return q, *turn, weights, *_cached(case, keys[2], seed)
     query = jax.jit(lambda x: pa.quantize(x, pa.INDEX_Q))(q)
     if case.kind == "pmqa":
         return query, weights, *_cached(case, keys[2], seed)
@@ -205,6 +215,8 @@ def variants(case: IndexingCase) -> dict[str, dict[str, Any]]:
             most = mosaic_topk.MOST_UNITS * mosaic_topk.UNIT
             fits = [n for n in (1, 2, 4, 8) if n * most >= case.keys or n == 8]
             return {f"{n} CTAs": {"ctas": n} for n in fits}
+        case "indexer":
+            return {"one after the other": {}, "overlapping": {"early": True}}
     return {}
 
 
@@ -217,6 +229,15 @@ def sweep(pattern: str, repeat: int = 7) -> None:
         for name, choice in variants(case).items():
             timed = timing.measure(operation(case, "mosaic", **choice), *args, repeat=repeat)
             print(f"{case.name:30s} {name:24s} {timed.us:8.1f} us  {case.floor_us / timed.us:.3f} of floor", flush=True)
+
+
+def _turned(q, cos, sin, backend: str | None, choice: dict) -> tuple[jax.Array, jax.Array]:
+    """(values, scales) of rotated queries."""
+    if backend not in UNREGISTERED:
+        query = pa.rope_quantize(q, cos, sin, backend=backend)
+        return query.values, query.scale
+    p, args = rope_problem.prepare(q, cos, sin)
+    return _whole(mosaic_rope, p, args, choice)
 
 
 def _logits(q, weights, cache, batch, width: int, backend: str | None, choice: dict):
@@ -232,15 +253,19 @@ def _topk(case: IndexingCase, logits, ends, backend: str | None, choice: dict):
     return _run(mosaic_topk, *topk_problem.prepare(logits, case.k, ends=ends), choice)
 
 
-def _run(kernel, p, args, choice: dict):
+def _run(kernel, p, args, choice: dict) -> jax.Array:
+    return _whole(kernel, p, args, choice)[0]
+
+
+def _whole(kernel, p, args, choice: dict) -> tuple[jax.Array, ...]:
     reason = kernel.supports(p)
     if reason is not None:
         raise ValueError(f"the kernel refuses: {reason}")
     leaves, tree = jax.tree.flatten(args)
-    return kernel.run(p, *jax.tree.unflatten(tree, leaves), **choice)[0]
+    return kernel.run(p, *jax.tree.unflatten(tree, leaves), **choice)
 
 
-def operation(case: IndexingCase, backend: str | None, **choice) -> Callable[..., jax.Array]:
+def operation(case: IndexingCase, backend: str | None, **choice) -> Callable[..., Any]:
     """The timed function of the arguments; `choice` is one of `variants`."""
     width = -(-case.keys // PAGE) * PAGE
 
@@ -252,14 +277,18 @@ def operation(case: IndexingCase, backend: str | None, **choice) -> Callable[...
             return pa.indexer_logits(q, k, weights, starts, ends, backend=backend)
         return _run(mosaic_logits, *logits_problem.prepare(q, k, weights, starts, ends), choice)
 
-    def whole(q, weights, cache, batch):
-        logits = paged(pa.quantize(q, pa.INDEX_Q), weights, cache, batch)
+    def rope(q, cos, sin):
+        return _turned(q, cos, sin, backend, choice)
+
+    def whole(q, cos, sin, weights, cache, batch):
+        query = pa.Quantized(*rope(q, cos, sin), pa.INDEX_Q)
+        logits = paged(query, weights, cache, batch)
         return _topk(case, logits, batch.kv_lens, backend, choice)
 
     def topk(logits, ends):
         return _topk(case, logits, ends, backend, choice)
 
-    return {"pmqa": paged, "mqa": prefill, "topk": topk, "indexer": whole}[case.kind]
+    return {"pmqa": paged, "mqa": prefill, "topk": topk, "rope": rope, "indexer": whole}[case.kind]
 
 
 def calls(case: IndexingCase, args: tuple) -> list[tuple[Callable, tuple]]:
@@ -271,24 +300,30 @@ def calls(case: IndexingCase, args: tuple) -> list[tuple[Callable, tuple]]:
             return [(pa.indexer_logits, args)]
         case "topk":
             return [(functools.partial(pa.indexer_topk, k=case.k), args[:1])]
-    query = jax.eval_shape(lambda x: pa.quantize(x, pa.INDEX_Q), args[0])
+        case "rope":
+            return [(pa.rope_quantize, args)]
+    query = jax.eval_shape(pa.rope_quantize, *args[:3])
     logits = jax.ShapeDtypeStruct((case.rows, case.keys), jnp.float32)
-    return [(pa.paged_indexer_logits, (query, *args[1:])), (functools.partial(pa.indexer_topk, k=case.k), (logits,))]
+    choose = functools.partial(pa.indexer_topk, k=case.k)
+    return [(pa.rope_quantize, args[:3]), (pa.paged_indexer_logits, (query, *args[3:])), (choose, (logits,))]
 
 
 def check(case: IndexingCase, args: tuple, backend: str | None, most: int = 4) -> tuple[float, tuple]:
     """(error of a few rows to the portable backend on a CPU, the arguments to go on with): the relative L2 distance of
-    logits, infinite where a -inf differs; of positions the share that is not the definition's."""
+    logits, infinite where a -inf differs; of positions, or of bytes of queries, the share that is not the same."""
     got = jax.jit(operation(case, backend))(*args)
     picks = np.unique(np.linspace(0, case.rows - 1, most).astype(int))
-    return max(_error(case, args, np.asarray(got[int(t)]), int(t)) for t in picks), args
+    row = lambda t: jax.tree.map(lambda x: np.asarray(x[t]), got)  # noqa: E731
+    return max(_error(case, args, row(int(t)), int(t)) for t in picks), args
 
 
-def _error(case: IndexingCase, args: tuple, got: np.ndarray, t: int) -> float:
+def _error(case: IndexingCase, args: tuple, got: Any, t: int) -> float:
     one = _row(case, args, t)
     there = jax.device_put(one, jax.devices("cpu")[0])
     alone = dataclasses.replace(case, rows=1, next_n=1, lens=(case.keys,))
-    want = np.asarray(jax.jit(operation(alone, "xla"))(*there))[0]
+    want = jax.tree.map(lambda x: np.asarray(x[0]), jax.jit(operation(alone, "xla"))(*there))
+    if case.kind == "rope":
+        return float(max(np.mean(g.view(np.uint8) != w.view(np.uint8)) for g, w in zip(got, want, strict=True)))
     if case.kind in ("topk", "indexer"):
         same = np.intersect1d(got, want).size if case.kind == "indexer" else np.sum(got == want)
         return float(1 - same / np.unique(want).size) if case.kind == "indexer" else float(1 - same / want.size)
@@ -301,17 +336,17 @@ def _error(case: IndexingCase, args: tuple, got: np.ndarray, t: int) -> float:
 def _row(case: IndexingCase, args: tuple, t: int) -> tuple:
     """The arguments of row t alone."""
     own = lambda x: jax.tree.map(lambda a: a[t : t + 1], x)  # noqa: E731
-    if case.kind == "topk":
+    if case.kind in ("topk", "rope"):
         return own(args)
     if case.kind == "mqa":
         q, k, *rest = args
         return own(q), k, *own(tuple(rest))
-    q, weights, cache, batch = args
+    *rows, cache, batch = args
     b, i = divmod(t, case.next_n)
     pages = cache.replace(cache.pages[batch.page_table[b]])
     table = jnp.arange(batch.page_table.shape[1], dtype=jnp.int32)[None]
     seen = batch.kv_lens[b : b + 1] - (case.next_n - 1 - i)
-    return own(q), own(weights), pages, pa.RaggedBatch(table, seen, jnp.array([0, 1]), max_q_len=1)
+    return *own(tuple(rows)), pages, pa.RaggedBatch(table, seen, jnp.array([0, 1]), max_q_len=1)
 
 
 if __name__ == "__main__":

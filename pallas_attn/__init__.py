@@ -71,6 +71,7 @@ from pallas_attn.ops.sparse_indexer import indexer_logits as indexer_logits
 from pallas_attn.ops.sparse_indexer import indexer_topk as indexer_topk
 from pallas_attn.ops.sparse_indexer import merge_topk as merge_topk
 from pallas_attn.ops.sparse_indexer import paged_indexer_logits as paged_indexer_logits
+from pallas_attn.ops.sparse_indexer import rope_quantize as rope_quantize
 from pallas_attn.ops.sparse_indexer import split_topk as split_topk
 from pallas_attn.ops.sparse_indexer import to_slots as to_slots
 from pallas_attn.ops.sparse_indexer import write_index as write_index

@@ -11,6 +11,7 @@ import pytest
 
 import pallas_attn as pa
 from pallas_attn.ops.sparse_indexer import indexer as layer
+from pallas_attn.ops.sparse_indexer import turns
 
 D, R, WIDTH, LATENT, HEADS = 128, 64, 32, 24, 4
 
@@ -91,7 +92,7 @@ def test_rotation_is_relative_and_leaves_the_rest(rng):
     q, k = jnp.asarray(rng.normal(size=(2, 1, D)).astype(np.float32))
     frequencies = make().frequencies
     for interleaved in (False, True):
-        at = lambda x, p, i=interleaved: layer.rotate(x, jnp.array([p]), frequencies, i)  # noqa: E731
+        at = lambda x, p, i=interleaved: turns.rotate(x, *turns.angles(jnp.array([p]), frequencies), i)  # noqa: E731
         near, far = (jnp.sum(at(q, 3 + p) * at(k, 1 + p)) for p in (0, 500))
         assert float(near) == pytest.approx(float(far), abs=1e-3)
         np.testing.assert_array_equal(at(q, 7)[:, R:], q[:, R:])
@@ -103,8 +104,8 @@ def test_hadamard_is_orthogonal(rng):
     matrix = np.ones((1, 1))
     for _ in range(7):
         matrix = np.kron(np.array([[1, 1], [1, -1]]), matrix)
-    np.testing.assert_allclose(layer.hadamard(x), np.asarray(x) @ matrix * D**-0.5, atol=1e-5)
-    np.testing.assert_allclose(jnp.sum(layer.hadamard(x) * layer.hadamard(y), -1), jnp.sum(x * y, -1), atol=1e-4)
+    np.testing.assert_allclose(turns.hadamard(x), np.asarray(x) @ matrix * D**-0.5, atol=1e-5)
+    np.testing.assert_allclose(jnp.sum(turns.hadamard(x) * turns.hadamard(y), -1), jnp.sum(x * y, -1), atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["xla", "reference"])

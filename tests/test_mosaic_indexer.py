@@ -466,12 +466,12 @@ def test_cases_have_the_floors_of_the_table(row):
 
 
 @pytest.mark.parametrize(
-    "case", ["pmqa_b32_c32768_n2", "mqa_m4096_n32768", "topk_b64_c32768_lowbits", "indexer_b64_c131072"]
+    "case", ["pmqa_b32_c32768_n2", "mqa_m4096_n32768", "topk_b64_c32768_lowbits", "rope_b64", "indexer_b64_c131072"]
 )
 def test_small_cases_are_right(case):
     small = indexing.all_cases()[case].small()
     args = indexing.arguments(small)
-    assert len(indexing.calls(small, args)) == 1 + (small.kind == "indexer")
+    assert len(indexing.calls(small, args)) == (3 if small.kind == "indexer" else 1)
     assert indexing.check(small, args, None, most=2)[0] < 1e-5
 
 

@@ -3,6 +3,7 @@
 Each op imports its cases, so these import an op's `prepare` when they are asked for, not before.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,20 @@ def abstract_batch(next_n: int = 1) -> RaggedBatch:
     seqs = ROWS // next_n
     shapes = ((seqs, 4), (seqs,), (seqs + 1,))
     return RaggedBatch(*(S(s, jnp.int32) for s in shapes), max_q_len=next_n)
+
+
+def rope_cases() -> Cases:
+    """Pairs, options, scales and types of queries."""
+    from pallas_attn.ops.sparse_indexer.rope.problem import prepare
+
+    x, turn = S((ROWS, HEADS, DIM), jnp.bfloat16), S((ROWS, DIM // 4), jnp.float32)
+    for name, interleaved in (("halves", False), ("neighbours", True)):
+        yield "pairs", name, prepare(x, turn, turn, interleaved=interleaved)[0]
+    yield "option", "hadamard", prepare(x, turn, turn, hadamard=True)[0]
+    for name, format in (("power of two", INDEX_Q), ("float32", dataclasses.replace(INDEX_Q, ue8m0=False))):
+        yield "scale", name, prepare(x, turn, turn, format=format)[0]
+    for dtype in ("bfloat16", "float16", "float32"):
+        yield "query", dtype, prepare(S(x.shape, jnp.dtype(dtype)), turn, turn)[0]
 
 
 def write_cases() -> Cases:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,14 @@ from pallas_attn.core.errors import require
 from pallas_attn.core.formats import INDEX_Q
 from pallas_attn.core.index_cache import IndexCache, check_index_cache
 from pallas_attn.core.leaf import Leaf
-from pallas_attn.core.quantized import Quantized, quantize
+from pallas_attn.core.quantized import Quantized
 from pallas_attn.ops.sparse_indexer.gather import gather_index
 from pallas_attn.ops.sparse_indexer.logits import indexer_logits
 from pallas_attn.ops.sparse_indexer.paged_logits import paged_indexer_logits
+from pallas_attn.ops.sparse_indexer.rope import rope_quantize
 from pallas_attn.ops.sparse_indexer.terms import in_blocks
 from pallas_attn.ops.sparse_indexer.topk import indexer_topk
+from pallas_attn.ops.sparse_indexer.turns import angles, hadamard, rotate
 from pallas_attn.ops.sparse_indexer.write import write_index
 
 DECODE = 8  # query tokens of a sequence up to which a step is a decode
@@ -90,13 +91,18 @@ class Indexer:
         Training goes from here to `indexer_logits`, through `fake_quantize` if it is to feel FP8.
         """
         check(self, hidden, q_lora, positions)
+        turns = angles(positions, self.frequencies)
+        q, k, weights = self._unturned(hidden, q_lora)
+        return self._turned(q, turns), self._turned(k, turns), weights
+
+    def _unturned(self, hidden: Array, q_lora: Array) -> tuple[Array, Array, Array]:
         q = (q_lora @ self.wq).reshape(-1, self.heads, self.head_dim)
         k, weights = jnp.split(hidden @ self.wk, [self.head_dim], axis=-1)
-        k = layer_norm(k, self.norm, self.norm_bias, self.epsilon)
-        q, k = (rotate(x, positions, self.frequencies, self.interleaved) for x in (q, k))
-        if self.hadamard:
-            q, k = hadamard(q), hadamard(k)
-        return q, k, weights.astype(jnp.float32)
+        return q, layer_norm(k, self.norm, self.norm_bias, self.epsilon), weights.astype(jnp.float32)
+
+    def _turned(self, x: Array, turns: tuple[Array, Array]) -> Array:
+        x = rotate(x, *turns, self.interleaved)
+        return hadamard(x) if self.hadamard else x
 
     def __call__(
         self,
@@ -124,12 +130,17 @@ class Indexer:
         Raises: InvalidInput for shapes that do not fit.
         Source: vLLM model_executor/models/deepseek_v2.py Indexer.
         """
-        q, k, weights = self.project(hidden, q_lora, positions)
+        check(self, hidden, q_lora, positions)
         check_index_cache(cache)
         check_batch(batch)
         require(cache.head_dim == self.head_dim, "cache", f"head_dim {cache.head_dim}", f"norm has {self.head_dim}")
-        cache = write_index(cache, k, slots, backend=backend)
-        stored = quantize(q, dataclasses.replace(INDEX_Q, group=self.head_dim))
+        turns = angles(positions, self.frequencies)
+        q, k, weights = self._unturned(hidden, q_lora)
+        cache = write_index(cache, self._turned(k, turns), slots, backend=backend)
+        stored = rope_quantize(
+            q, *turns, interleaved=self.interleaved, hadamard=self.hadamard,
+            format=dataclasses.replace(INDEX_Q, group=self.head_dim), backend=backend,
+        )  # fmt: skip
         seq, position, real = batch.tokens(q.shape[0])
         seen = jnp.where(real, jnp.clip(position + 1, 0, jnp.maximum(batch.kv_lens[seq], 0)), 0)
         choose = functools.partial(indexer_topk, k=self.topk, sorted=sorted, backend=backend)
@@ -172,27 +183,3 @@ def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
     return (y * scale + bias).astype(x.dtype)
-
-
-def rotate(x: Array, positions: Array, frequencies: Array, interleaved: bool) -> Array:
-    """RoPE on the first dims of x [T, .., D], in float32, rounded once; what comes back is all of x, rotated dims
-    first: there is nothing in place whose result a caller could drop."""
-    dim = 2 * frequencies.shape[0]
-    angle = positions.astype(jnp.float32)[:, None] * frequencies
-    angle = angle.reshape(angle.shape[0], *(1 for _ in x.shape[2:]), -1)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    part = x[..., :dim].astype(jnp.float32)
-    a, b = (part[..., 0::2], part[..., 1::2]) if interleaved else jnp.split(part, 2, axis=-1)
-    turned = a * cos - b * sin, b * cos + a * sin
-    turned = jnp.stack(turned, axis=-1).reshape(part.shape) if interleaved else jnp.concatenate(turned, axis=-1)
-    return jnp.concatenate([turned.astype(x.dtype), x[..., dim:]], axis=-1)
-
-
-def hadamard(x: Array) -> Array:
-    """x times the orthogonal Hadamard matrix of its last axis (a power of two), in float32, rounded once."""
-    dim, y = x.shape[-1], x.astype(jnp.float32)
-    for bit in range(int(math.log2(dim))):
-        pairs = y.reshape(*x.shape[:-1], -1, 2, 1 << bit)
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        y = jnp.stack([a + b, a - b], axis=-2).reshape(x.shape)
-    return (y * dim**-0.5).astype(x.dtype)

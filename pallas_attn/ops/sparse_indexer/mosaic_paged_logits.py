@@ -55,8 +55,8 @@ def choose(p: Problem) -> Config:
     return Config(tile, stages, max(min(4, SHARED // shared_bytes(p, Config(tile, stages))), 1))
 
 
-def run(p: Problem, *arrays, config: Config | None = None):
-    """The logits."""
+def run(p: Problem, *arrays, config: Config | None = None, early: bool = False):
+    """The logits. early: start beside the kernel before this one and wait for it; let the next one do the same."""
     config = config or choose(p)
     leaves, tree = jax.tree.flatten(inputs_of(p, Args(*arrays)))
     room = min(p.pages_per_seq * p.page_size, p.max_len)
@@ -65,6 +65,9 @@ def run(p: Problem, *arrays, config: Config | None = None):
     workers = min(SMS * config.ctas, units)
 
     def paged_logits(*refs, **scratch):
+        if early:
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
         x = jax.tree.unflatten(tree, refs[: len(leaves)])
         scratch["rowwise"], scratch["keys"] = scratch["keys"] if INTERPRET is None else [scratch["keys"]] * 2
         Worker(p, config, workers, x, refs[-1], **scratch).run()

@@ -50,12 +50,14 @@ def form_of(p: Problem, ctas: int | None = None) -> Form:
     return Form(p.rows, p.columns, p.k, ctas, units, segments, staged, clusters)
 
 
-def run(p: Problem, *arrays, ctas: int | None = None):
-    """The columns."""
+def run(p: Problem, *arrays, ctas: int | None = None, early: bool = False):
+    """The columns. early: start beside the kernel before this one, and wait for it."""
     form = form_of(p, ctas)
     leaves, tree = jax.tree.flatten(inputs_of(form, Args(*arrays)))
 
     def topk(*refs, tile, words, here):
+        if early:
+            plgpu.griddepcontrol_wait()
         x = jax.tree.unflatten(tree, refs[: len(leaves)])
         select(form, x, Lanes(form, x["logits"], refs[-1], tile, words, here))
 

@@ -1,0 +1,211 @@
+"""RoPE and quantisation of index queries in one step: the bits of one step after the other, on every backend, and by
+the Hopper kernel, which no dispatch knows yet and which is called by itself."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from cover import pairwise
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import pallas_attn as pa
+from bench import indexing
+from pallas_attn.ops.sparse_indexer import mosaic_rope, turns
+from pallas_attn.ops.sparse_indexer.rope import reference, xla
+from pallas_attn.ops.sparse_indexer.rope.problem import prepare
+
+S = jax.ShapeDtypeStruct
+D = 128
+FORMATS = {"ue8m0": pa.INDEX_Q, "float32": dataclasses.replace(pa.INDEX_Q, ue8m0=False),
+           "reciprocal": pa.e4m3_group(128)}  # fmt: skip
+LISTS = (
+    (1, 3, 64),  # tokens
+    (8, 40, 64),  # heads
+    (16, 32, 64),  # pairs
+    ("bfloat16", "float16", "float32"),
+    (False, True),  # neighbours
+    (False, True),  # Hadamard matrix
+    tuple(FORMATS),
+)
+CELLS = pairwise(LISTS)
+name = lambda cell: "-".join(map(str, cell))  # noqa: E731
+
+
+def abstract(tokens, heads, half, dtype, interleaved, hadamard, format):
+    x, turn = S((tokens, heads, D), jnp.dtype(dtype)), S((tokens, half), jnp.float32)
+    return prepare(x, turn, turn, interleaved=interleaved, hadamard=hadamard, format=FORMATS[format])
+
+
+def concrete(rng, tokens, heads, half, dtype, interleaved, hadamard, format, wild=True):
+    """Rows of many magnitudes, one of zeros, one of large numbers, and numbers that are none."""
+    x = rng.standard_normal((tokens, heads, D)) * np.exp(rng.uniform(-20, 9, (tokens, heads, 1)))
+    x[0, 0], x[0, 1] = 0, 60000 * np.sign(x[0, 1])
+    if wild:
+        x[0, 2, 1], x[0, 3, D - 1], x[0, 4, 2] = np.inf, -np.inf, np.nan
+    angle = rng.uniform(-2000, 2000, (tokens, half))
+    cos, sin = (jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
+    keywords = {"interleaved": interleaved, "hadamard": hadamard, "format": FORMATS[format]}
+    return prepare(jnp.asarray(x, jnp.dtype(dtype)), cos, sin, **keywords)
+
+
+def same_bits(got, want):
+    """NaN has more codes than one."""
+    for g, w in zip(got, want, strict=True):
+        assert (g.shape, g.dtype) == (w.shape, w.dtype)
+        signs = np.signbit(g) == np.signbit(w)
+        g, w = (np.asarray(x).astype(np.float32) for x in (g, w))
+        assert np.all(np.isnan(g) & np.isnan(w) | (g == w) & signs)
+
+
+def stepwise(p, args):
+    """Rotated by numpy, whose operations round one by one, then by the library's own parts, each by itself."""
+    x, cos, sin = (np.asarray(a) for a in args)
+    x32, dim = x.astype(np.float32), 2 * p.half
+    first, second = (np.s_[..., 0:dim:2], np.s_[..., 1:dim:2]) if p.interleaved else (
+        np.s_[..., : p.half], np.s_[..., p.half : dim])  # fmt: skip
+    a, b, c, s = x32[first], x32[second], cos[:, None], sin[:, None]
+    y = x32.copy()
+    y[first], y[second] = a * c - b * s, b * c + a * s
+    y = jnp.asarray(y).astype(p.dtype)
+    return pa.quantize(turns.hadamard(y) if p.hadamard else y, p.format)
+
+
+@pytest.mark.parametrize("backend", ["xla", "reference"])
+@pytest.mark.parametrize("cell", CELLS[::4], ids=name)
+def test_one_step_is_all_steps(cell, backend, rng):
+    tokens, heads, *rest = cell
+    p, args = concrete(rng, min(tokens, 5), heads, *rest, wild=False)
+    keywords = {"interleaved": p.interleaved, "hadamard": p.hadamard, "format": p.format, "backend": backend}
+    got = jax.jit(lambda *a: pa.rope_quantize(*a, **keywords))(*args)
+    want = stepwise(p, args)
+    assert got.format == p.format
+    same_bits((got.values, got.scale), (want.values, want.scale))
+
+
+def test_the_layer_quantises_what_it_projects(rng):
+    """`project` and quantisation give the queries that `__call__` takes in one step."""
+    indexer = pa.Indexer.init(jax.random.key(0), 32, 24, heads=4, hadamard=True, interleaved=True, dtype=jnp.bfloat16)
+    hidden, latent = (jnp.asarray(rng.standard_normal((6, n)), jnp.bfloat16) for n in (32, 24))
+    positions = jnp.arange(6) * 1000
+    q = jax.jit(pa.Indexer.project)(indexer, hidden, latent, positions)[0]
+    raw = jax.jit(jnp.matmul)(latent, indexer.wq).reshape(6, 4, D)
+    turn = jax.jit(turns.angles)(positions, indexer.frequencies)
+    got, want = pa.rope_quantize(raw, *turn, interleaved=True, hadamard=True), pa.quantize(q, pa.INDEX_Q)
+    same_bits((got.values, got.scale), (want.values, want.scale))
+
+
+GROUP32 = dataclasses.replace(pa.INDEX_Q, group=32)
+X, TURN = jnp.zeros((3, 4, D)), jnp.zeros((3, 32))
+QUANTIZED: Any = pa.quantize(X, pa.INDEX_Q)
+BAD = {
+    "quantised": (lambda: pa.rope_quantize(QUANTIZED, TURN, TURN), "x: got Quantized; pass floats"),
+    "bare FP8": (lambda: pa.rope_quantize(X.astype(jnp.float8_e4m3fn), TURN, TURN), "x: got a bare float8_e4m3fn"),
+    "rank": (lambda: pa.rope_quantize(X[0], TURN, TURN), "x: got shape"),
+    "tokens": (lambda: pa.rope_quantize(X, TURN[:2], TURN[:2]), r"cos: got shape \(2, 32\)"),
+    "pairs": (lambda: pa.rope_quantize(X, jnp.zeros((3, 65)), TURN), r"cos: got shape \(3, 65\)"),
+    "sin": (lambda: pa.rope_quantize(X, TURN, TURN[:, 1:]), "sin: got shape"),
+    "wide": (lambda: pa.rope_quantize(X, TURN, TURN.astype(jnp.bfloat16)), "sin: got bfloat16; use float32"),
+    "power": (
+        lambda: pa.rope_quantize(X[..., :96], TURN, TURN, hadamard=True, format=GROUP32),
+        "hadamard: got head_dim 96",
+    ),
+    "format": (lambda: pa.rope_quantize(X, TURN, TURN, format=pa.E4M3_TENSOR), "format: got E4M3_TENSOR"),
+    "group": (lambda: pa.rope_quantize(X[..., :64], TURN, TURN), "128"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(case):
+    wrong, message = BAD[case]
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(pa.InvalidInput, match=message):
+            wrong()
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# The Hopper kernel
+
+INTERPRETED = [
+    (2, 40, 32, "bfloat16", False, True, "ue8m0"),
+    (1, 8, 16, "float32", True, False, "float32"),
+    (1, 16, 64, "float16", True, True, "reciprocal"),
+]
+
+
+@pytest.mark.parametrize("cell", INTERPRETED, ids=name)
+def test_interpreted(cell, rng, monkeypatch):
+    monkeypatch.setattr(mosaic_rope, "INTERPRET", plgpu.InterpretGPUParams())
+    p, args = concrete(rng, *cell)
+    same_bits(mosaic_rope.run(p, *args), reference.run(p, *args))
+
+
+def lower(cell):
+    p, args = abstract(*cell)
+    assert mosaic_rope.supports(p) is None
+    step = jax.jit(lambda *a: mosaic_rope.run(p, *a))
+    return step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("cell", CELLS[::6], ids=name)
+def test_lowers_to_one_launch(cell):
+    assert lower(cell).count("stablehlo.custom_call @mosaic_gpu_v2") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_every_cell_lowers(cell):
+    lower(cell)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_decode_step_is_three_launches(early):
+    """Of which two, where they overlap, begin beside the one before."""
+    case = indexing.all_cases()["indexer_b64_c131072"]
+    args = jax.eval_shape(functools.partial(indexing.arguments, case))
+    text = jax.jit(indexing.operation(case, "mosaic", early=early)).trace(*args).lower(lowering_platforms=("cuda",))
+    text = text.as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 3
+    assert text.count("griddepcontrol.wait") == 2 * early
+    assert text.count("griddepcontrol.launch_dependents") == 2 * early
+
+
+def test_refuses():
+    turn = S((3, 32), jnp.float32)
+    refuses = lambda shape, turn=turn, **k: mosaic_rope.supports(prepare(S(shape, jnp.bfloat16), turn, turn, **k)[0])  # noqa: E731
+    assert refuses((3, 8, 256)) == "no head dim 256"
+    assert refuses((3, 8, D), format=pa.e4m3_group(64)) == "no group of 64"
+    assert refuses((3, 12, D)) == "no 12 heads, which are no multiple of 8"
+    assert refuses((3, 8, D), S((3, 24), jnp.float32)) == "no 24 pairs of neighbours apart"
+    assert refuses((0, 8, D), S((0, 32), jnp.float32)) == "an empty call"
+
+
+def test_it_is_no_backend_before_it_has_run():
+    assert set(pa.explain(pa.rope_quantize, X, TURN, TURN)) == {"xla", "reference"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_on_gpu(cell, rng):
+    with jax.default_device(jax.devices("cpu")[0]):
+        p, args = concrete(rng, *cell)
+        want = [np.asarray(w) for w in jax.jit(lambda *a: reference.run(p, *a))(*args)]
+    there = jax.device_put(args, jax.devices()[0])
+    same_bits(jax.jit(lambda *a: mosaic_rope.run(p, *a))(*there), want)
+    same_bits(jax.jit(lambda *a: xla.run(p, *a))(*there), want)
+
+
+@pytest.mark.gpu
+def test_kernels_that_overlap_choose_the_same():
+    case = indexing.all_cases()["indexer_b32_c32768"]
+    args = indexing.arguments(case)
+    apart, overlapping = (jax.jit(indexing.operation(case, "mosaic", early=early)) for early in (False, True))
+    want = np.asarray(apart(*args))
+    for _ in range(20):
+        np.testing.assert_array_equal(overlapping(*args), want)
