@@ -13,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import ShapedArray
 from jax.extend import core as jex
 from jax.interpreters import ad, batching, mlir
 
 from pallas_attn.core.arch import Arch
 from pallas_attn.core.errors import Unsupported, require
+from pallas_attn.core.formats import E4M3, E5M2, Format
 from pallas_attn.runtime import dispatch
 
 NEEDS = ("jax-triton==0.3.1", "triton==3.6.0")  # the pair that is tested
@@ -29,6 +31,7 @@ TYPES = {
     "float8_e4m3fn": "fp8e4nv", "float8_e5m2": "fp8e5",
     **{f"{sign}int{n}": f"{sign[:1] or 'i'}{n}" for sign in ("", "u") for n in (8, 16, 32, 64)},
 }  # fmt: skip
+KINDS = {E4M3: 1, E5M2: 2}  # FP8 that arrives as bytes, as `triton_numbers` counts it
 Shape = jax.ShapeDtypeStruct
 
 
@@ -151,6 +154,45 @@ def cache_constants(p: Any) -> dict[str, Any]:
     return constants | {"V_BASE": step.get("P", 0)}
 
 
+def kind(dtype: np.dtype) -> int:
+    """How kernels widen stored values of this type: 0 as Triton does, or as codes of `KINDS`, before Ada."""
+    return 0 if arch().has_fp8 else KINDS.get(dtype, 0)
+
+
+def stored(x: jax.Array) -> jax.Array:
+    """The array as a kernel takes it: before Ada, bytes stand for FP8."""
+    return lax.bitcast_convert_type(x, jnp.uint8) if kind(x.dtype) else x
+
+
+def operand(a: np.dtype, b: np.dtype) -> tuple[np.dtype, str]:
+    """(the narrowest type that holds both exactly, FP8 being f16 at least; how the matrix unit multiplies it)."""
+    wide = [t for t in (a, b) if t not in KINDS]
+    if not wide:
+        return np.dtype(jnp.float16), "tf32"
+    f32 = np.dtype(jnp.float32)
+    return (wide[0] if len({*wide}) == 1 else f32), ("tf32x3" if f32 in wide else "tf32")
+
+
+def rounding(format: Format | None) -> dict[str, Any]:
+    """What `triton_softmax` wants to know of an output: floats, or FP8 through one scale."""
+    if format is None:
+        return {"OUT_KIND": 0, "OUT_RECIPROCAL": False, "OUT_HIGH": 0.0}
+    reciprocal = format.apply_scale == "reciprocal"
+    return {"OUT_KIND": KINDS[format.dtype], "OUT_RECIPROCAL": reciprocal, "OUT_HIGH": format.qmax}
+
+
+def merge(out: Shape, lse: Shape, format: Format | None, splits: int, num_warps: int) -> Callable:
+    """The launch that adds up `splits` parts of an attention: (partial, stats, scale of the output) to (out, lse)."""
+    tokens, heads, dim = out.shape
+    return triton_op(
+        "pallas_attn.runtime.triton_softmax:merge", out=(out, lse), grid=tokens * heads, num_warps=num_warps,
+        constants=rounding(format) | {
+            "T": tokens, "H": heads, "DV": dim, "DVP": power_of_two(dim),
+            "SPLITS": splits, "SPLITS_P": power_of_two(splits),
+        },
+    )  # fmt: skip
+
+
 def check(launch: Launch, inputs: Sequence[Shape]) -> None:
     """Refuse a launch that cannot be right."""
     name = f"triton_op({launch.name})"
@@ -234,7 +276,7 @@ def _batch(arrays, dims, *, launch: Launch):
         picked = (x if d is None else x[i] for x, d in zip(moved, dims, strict=True))
         return primitive.bind(*picked, launch=launch)
 
-    outs = jax.lax.map(one, jnp.arange(size))
+    outs = lax.map(one, jnp.arange(size))
     return outs, [0] * len(outs)
 
 

@@ -3,14 +3,11 @@ the result, each one token and head, finds the sequence of each, and puts its ke
 XLA adds the lengths up before."""
 
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_attn.core.formats import E4M3, E5M2
 from pallas_attn.ops.gather_kv.problem import Args, Problem, outputs, spans
-from pallas_attn.runtime.triton import arch, cache_constants, power_of_two, triton_op
+from pallas_attn.runtime.triton import cache_constants, kind, power_of_two, stored, triton_op
 
 GRANULARITIES = {"none": 0, "tensor": 1, "head": 2, "seq_head": 3, "token_head": 4}
-KINDS = {E4M3: 1, E5M2: 2}  # as `runtime.triton_numbers` counts
 MOST = 4096  # elements of keys or values of one program
 PROGRAMS = 4 * 132  # that keep the largest of these GPUs busy
 
@@ -28,8 +25,7 @@ def run(p: Problem, *arrays):
     """(k, v, cu_lens)."""
     args = Args(*arrays)
     first, cu_lens = spans(p, args)
-    bytes_only = not arch().has_fp8 and p.format.dtype in KINDS
-    buffers = [lax.bitcast_convert_type(x, jnp.uint8) if bytes_only else x for x in args.cache.buffers]
+    buffers = [stored(x) for x in args.cache.buffers]
     scales = [jnp.atleast_1d(x) for x in args.cache.scales or (jnp.zeros(1),) * 2]
     table = args.page_table
     if table.dtype.itemsize > 4:  # 64 bits: nothing may wrap into the cache
@@ -40,7 +36,7 @@ def run(p: Problem, *arrays):
         "pallas_attn.ops.gather_kv.triton_kernels:gather", out=outputs(p)[:2], grid=-(-total // rows),
         constants=cache_constants(p) | {
             "T": p.max_tokens, "B": p.seqs, "M": p.pages_per_seq, "STEPS": p.seqs.bit_length(), "ROWS": rows,
-            "GRANULARITY": GRANULARITIES[p.format.granularity], "KIND": KINDS[p.format.dtype] if bytes_only else 0,
+            "GRANULARITY": GRANULARITIES[p.format.granularity], "KIND": kind(p.format.dtype),
         }, num_warps=4 if rows * dim > 1024 else 1,
     )  # fmt: skip
     return *op(buffers[0], buffers[-1], *scales, table.astype(jnp.int32), first, cu_lens), cu_lens

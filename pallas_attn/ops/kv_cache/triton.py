@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_attn.core.formats import E4M3, E5M2, INT8
+from pallas_attn.core.formats import INT8
 from pallas_attn.ops.kv_cache.problem import Args, Problem
-from pallas_attn.runtime.triton import Shape, arch, cache_constants, power_of_two, triton_op
+from pallas_attn.runtime.triton import KINDS, Shape, cache_constants, power_of_two, stored, triton_op
 
 GRANULARITIES = {"none": 0, "tensor": 1, "head": 2, "token_head": 4}
-KINDS = {E4M3: 1, E5M2: 2}  # as `runtime.triton_numbers` counts
 MOST = 4096  # elements of keys or values of one program
 PROGRAMS = 4 * 132  # that keep the largest of these GPUs busy
 
@@ -35,8 +34,7 @@ def run(p: Problem, *arrays):
     rows = min(power_of_two(total // PROGRAMS), max(MOST // dim, 1))
     nothing = jnp.zeros(1)
     per_token = p.format.granularity == "token_head"
-    bytes_only = not arch().has_fp8 and p.format.dtype in KINDS
-    buffers = [lax.bitcast_convert_type(x, jnp.uint8) if bytes_only else x for x in cache.buffers]
+    buffers = [stored(x) for x in cache.buffers]
     scales = [jnp.atleast_1d(x) for x in cache.scales or (nothing, nothing)]
     if slots.dtype.itemsize > 4:  # 64 bits: nothing may wrap into the cache
         slots = jnp.where((slots >= 0) & (slots < p.pages * p.page_size), slots, -1)
@@ -50,7 +48,7 @@ def run(p: Problem, *arrays):
         aliases={5 + i: i for i, x in enumerate(written) if x is not nothing}, num_warps=4 if rows * dim > 1024 else 1,
     )  # fmt: skip
     out = op(k, v, slots.astype(jnp.int32), *given, *written)
-    buffers = tuple(lax.bitcast_convert_type(x, p.format.dtype) if bytes_only else x for x in out[: len(cache.buffers)])
+    buffers = tuple(lax.bitcast_convert_type(x, p.format.dtype) for x in out[: len(cache.buffers)])
     return jax.tree.leaves(cache.replace(buffers, out[2:] if per_token else None))  # type: ignore[arg-type]
 
 

@@ -12,8 +12,12 @@ from pallas_attn.ops.mla.problem import outputs, prepare
 from pallas_attn.ops.mla.topk import TopK
 from pallas_attn.runtime.dispatch import Backend, Op, register
 from pallas_attn.runtime.op import apply
+from pallas_attn.runtime.triton import ARCHS as TRITON_ARCHS
+from pallas_attn.runtime.triton import NEEDS
 
 _HERE = "pallas_attn.ops.mla"
+# Of no dispatch yet: it has not run on a GPU.
+TRITON = Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="slower than Mosaic")
 BACKENDS = (
     Backend("mosaic", f"{_HERE}.mosaic", ("cuda",), (Arch.HOPPER,)),
     Backend("xla", f"{_HERE}.xla", cost="no tensor cores for FP8, several kernels a block"),

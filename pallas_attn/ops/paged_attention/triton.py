@@ -23,15 +23,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_attn.core.arch import Arch
-from pallas_attn.core.formats import E4M3, E5M2
 from pallas_attn.core.quantized import Quantized
 from pallas_attn.ops.paged_attention.problem import Args, Problem
-from pallas_attn.runtime.triton import Shape, arch, power_of_two, triton_op
+from pallas_attn.runtime.triton import KINDS, Shape, arch, kind, merge, power_of_two, rounding, stored, triton_op
 
 _KERNELS = "pallas_attn.ops.paged_attention.triton_kernels"
 GRANULARITIES = {"none": 0, "tensor": 1, "head": 2, "seq_head": 3, "token_head": 4}
 Q_GRANULARITIES = {"none": 0, "tensor": 1, "head": 2, "token_head": 3}
-KINDS = {E4M3: 1, E5M2: 2}  # as `runtime.triton_numbers` counts
 SMS = 132  # of the largest of these GPUs
 ENOUGH = 256  # small programs: nearly two for each SM
 MOST_SPLITS = 64
@@ -119,34 +117,27 @@ def run(p: Problem, *arrays, config: Config | None = None):
     blocks = p.tokens // per_block + p.seqs + 2
     attend = triton_op(
         f"{_KERNELS}:attend", out=partial if split else (result, lse), grid=blocks * p.kv_heads * config.splits,
-        constants=_sizes(p) | _strides(p) | _numbers(p, on) | _options(p, args) | _rounding(p) | {
+        constants=_sizes(p) | _strides(p) | _numbers(p, on) | _options(p, args) | rounding(p.out_format) | {
             "BM": config.rows, "BQ": per_block, "BN": config.keys, "SPLITS": config.splits,
             "CHUNK": min(power_of_two(p.seqs + 2), 1024),
         }, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    inputs = _inputs(p, args, on)
+    inputs = _inputs(p, args)
     out, stats = attend(*inputs)
     if split:
-        merge = triton_op(
-            f"{_KERNELS}:merge", out=(result, lse), grid=p.tokens * p.q_heads, num_warps=2,
-            constants=_rounding(p) | {
-                "T": p.tokens, "H": p.q_heads, "DV": p.v_head_dim, "DVP": power_of_two(p.v_head_dim),
-                "SPLITS": config.splits, "SPLITS_P": power_of_two(config.splits),
-            },
-        )  # fmt: skip
-        out, stats = merge(out, stats, inputs[-1])
+        add_up = merge(result, lse, p.out_format, config.splits, num_warps=2)
+        out, stats = add_up(out, stats, inputs[-1])
     if out.dtype != p.out_dtype:
         out = lax.bitcast_convert_type(out, p.out_dtype)
     return (out, stats) if p.return_lse else (out,)
 
 
-def _inputs(p: Problem, args: Args, on: Arch) -> list[jax.Array]:
+def _inputs(p: Problem, args: Args) -> list[jax.Array]:
     """The arrays that `attend` takes, in its order; a number stands for what is absent."""
     nothing, mask, bias, batch = jnp.zeros(1), args.mask, args.bias, args.batch
     one = lambda x, dtype: nothing if x is None else jnp.reshape(jnp.asarray(x, dtype), (1,))  # noqa: E731
     i32 = lambda x: nothing if x is None else jnp.asarray(x, jnp.int32)  # noqa: E731
     given = lambda x: nothing if x is None else jnp.atleast_1d(x)  # noqa: E731
-    stored = lambda x: x if on.has_fp8 or x.dtype not in KINDS else lax.bitcast_convert_type(x, jnp.uint8)  # noqa: E731
     q, q_scale = (args.q.values, args.q.scale) if isinstance(args.q, Quantized) else (args.q, None)
     buffers = [stored(x) for x in args.cache.buffers]
     k_scale, v_scale = args.cache.scales or (None, None)
@@ -186,7 +177,6 @@ def _strides(p: Problem) -> dict[str, Any]:
 def _numbers(p: Problem, on: Arch) -> dict[str, Any]:
     """How stored values become operands of the matrix unit."""
     operand, wide, normalize, precision = operands(p, on)
-    kind = lambda dtype: 0 if on.has_fp8 else KINDS.get(dtype, 0)  # noqa: E731
     return {
         "Q_SCALE": Q_GRANULARITIES[p.q_format.granularity], "Q_KIND": kind(p.q_format.dtype),
         "KV_SCALE": GRANULARITIES[p.kv_format.granularity], "KV_KIND": kind(p.kv_format.dtype),
@@ -207,11 +197,3 @@ def _options(p: Problem, args: Args) -> dict[str, Any]:
         "QQ": bias.query_query is not None, "Q0": pairs[0], "Q1": pairs[1], "BEFORE_CAP": bias.before_soft_cap,
         "SINKS": args.sinks is not None,
     }  # fmt: skip
-
-
-def _rounding(p: Problem) -> dict[str, Any]:
-    format = p.out_format
-    if format is None:
-        return {"OUT_KIND": 0, "OUT_RECIPROCAL": False, "OUT_HIGH": 0.0}
-    reciprocal = format.apply_scale == "reciprocal"
-    return {"OUT_KIND": KINDS[format.dtype], "OUT_RECIPROCAL": reciprocal, "OUT_HIGH": format.qmax}

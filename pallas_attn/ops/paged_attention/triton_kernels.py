@@ -8,34 +8,15 @@ device alone knows is clamped.
 import triton
 import triton.language as tl
 
-from pallas_attn.runtime.triton_numbers import as_bytes, to_code, widen
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from pallas_attn.runtime.triton_batch import find, start_of
+from pallas_attn.runtime.triton_numbers import widen
+from pallas_attn.runtime.triton_softmax import LOG2E, put
 
 
 @triton.jit
 def load(pointers, mask):
     """What the pointers show, zero where the mask, if there is one, is off."""
     return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
-def start_of(cu_q_lens, live, segment, T: tl.constexpr, B: tl.constexpr):
-    """First token of a segment: what stands before the first sequence, each sequence, what stands after the last."""
-    at = tl.minimum(tl.maximum(segment - 1, 0), live)
-    start = tl.minimum(tl.maximum(tl.load(cu_q_lens + at), 0), T)
-    return tl.where(segment == 0, 0, tl.where(segment > B + 1, T, start))
-
-
-@triton.jit
-def find(cu_q_lens, live, block, T: tl.constexpr, B: tl.constexpr, BQ: tl.constexpr, CHUNK: tl.constexpr):
-    """The segment that a block of query tokens belongs to: segment s begins at block start // BQ + s at the latest."""
-    count = tl.full((), 0, tl.int32)
-    for first in tl.range(0, B + 2, CHUNK):
-        segment = first + tl.arange(0, CHUNK)
-        begins = start_of(cu_q_lens, live, segment, T, B) // BQ + segment
-        count += tl.sum(((begins <= block) & (segment < B + 2)).to(tl.int32), axis=0)
-    return tl.maximum(count - 1, 0)
 
 
 @triton.jit
@@ -151,31 +132,6 @@ def stored_scale(scale, b, kv_head, K: tl.constexpr, KV_SCALE: tl.constexpr):
 
 
 @triton.jit
-def rounded(x, scale, KIND: tl.constexpr, RECIPROCAL: tl.constexpr, HIGH: tl.constexpr):
-    """The one rounding of an FP8 result."""
-    s = tl.load(scale)
-    x = x * tl.div_rn(1.0, s) if RECIPROCAL else tl.div_rn(x, tl.zeros_like(x) + s)
-    return to_code(x, KIND, False, -HIGH, HIGH)
-
-
-@triton.jit
-def put(
-    out, lse, acc, top, total, at, d_ok, row, row_ok, out_scale,
-    OUT_KIND: tl.constexpr, OUT_RECIPROCAL: tl.constexpr, OUT_HIGH: tl.constexpr,
-):  # fmt: skip
-    """Divide, round and store rows of the result; `top` is the base-2 maximum, `total` the sum."""
-    some = total > 0
-    safe = tl.where(some, total, 1.0)
-    acc = acc / safe[:, None]
-    mask = row_ok[:, None] & d_ok[None, :]
-    if OUT_KIND == 0:
-        tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
-    else:
-        tl.store(as_bytes(out) + at, rounded(acc, out_scale, OUT_KIND, OUT_RECIPROCAL, OUT_HIGH), mask=mask)
-    tl.store(lse + row, tl.where(some, (top + tl.log2(safe)) / LOG2E, float("-inf")), mask=row_ok)
-
-
-@triton.jit
 def attend(
     q, q_scale, k, v, k_scale, v_scale, page_table, kv_lens, cu_q_lens, num_seqs, scale, soft_cap, window, causals,
     ranges, prefix_lens, prefix_window, slopes, query_query, sinks, out_scale, out, stats,
@@ -200,7 +156,7 @@ def attend(
     pid = tl.program_id(0)
     kv_head, split, block = pid % K, (pid // K) % SPLITS, tl.num_programs(0) // (K * SPLITS) - 1 - pid // (K * SPLITS)
     live = tl.minimum(tl.maximum(tl.load(num_seqs), 0), B)
-    segment = find(cu_q_lens, live, block, T, B, BQ, CHUNK)
+    segment = find(cu_q_lens, live, block, T, B, 1, BQ, CHUNK)
     start, end = (start_of(cu_q_lens, live, segment, T, B), start_of(cu_q_lens, live, segment + 1, T, B))
     first = start + (block - start // BQ - segment) * BQ
     if (first >= end) | (first < start):
@@ -303,30 +259,3 @@ def attend(
         tl.store(out + at, acc, mask=row_ok[:, None] & (dv < DV)[None, :])
         tl.store(stats + row, top, mask=row_ok)
         tl.store(stats + SPLITS * T * H + row, total, mask=row_ok)
-
-
-@triton.jit
-def merge(
-    partial, stats, out_scale, out, lse,
-    T: tl.constexpr, H: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr,
-    OUT_KIND: tl.constexpr, OUT_RECIPROCAL: tl.constexpr, OUT_HIGH: tl.constexpr,
-):  # fmt: skip
-    """The partial results of one row added up, in a fixed order."""
-    row = tl.program_id(0)
-    i, dv = tl.arange(0, SPLITS_P), tl.arange(0, DVP)
-    at = row + i * (T * H)
-    tops = tl.load(stats + at, mask=i < SPLITS, other=float("-inf"))
-    totals = tl.load(stats + SPLITS * T * H + at, mask=i < SPLITS, other=0.0)
-    some = totals > 0
-    top = tl.max(tl.where(some, tops, float("-inf")), axis=0)
-    weight = tl.where(some, tl.exp2(tops - tl.where(top > float("-inf"), top, 0.0)), 0.0)
-    where = at.to(tl.int64)[:, None] * DV + dv[None, :]
-    parts = tl.load(partial + where, mask=some[:, None] & (dv < DV)[None, :], other=0.0)
-    acc = tl.sum(parts * weight[:, None], axis=0)
-    one = tl.arange(0, 1)
-    total = tl.sum(totals * weight, axis=0) + one.to(tl.float32)
-    row = row + one
-    put(
-        out, lse, acc[None, :], top + one, total, row.to(tl.int64)[:, None] * DV + dv[None, :], dv < DV, row, row >= 0,
-        out_scale, OUT_KIND, OUT_RECIPROCAL, OUT_HIGH,
-    )  # fmt: skip
