@@ -12,6 +12,7 @@ It is launched before `mosaic_merge` has ended, and asks for the weights at once
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -210,8 +211,7 @@ class Up:
         """The scales [64] of one group."""
         self.row_tile[...] = scale
         plgpu.commit_smem()
-        chunk = self.plan.height & -self.plan.height  # a power of two, for the registers of a vector
-        chunk = min(chunk, 32)
+        chunk = math.gcd(self.plan.height, 32)  # a power of two, for the registers of a vector
         for at in range(0, self.plan.height, chunk):
             some = plgpu.load(self.row_tile.at[pl.ds(at, chunk)], layout=token_layout(chunk), optimized=False)
             scatter(self.place(pl.ds(first + at, chunk), group), self.stored(some))
@@ -232,6 +232,5 @@ class Up:
         if self.p.out_format.scale_type != "int32":
             return scale
         bits = lax.bitcast_convert_type(scale, jnp.int32)
-        return lax.shift_right_logical(bits, lax.broadcast_in_dim(jnp.int32(MANTISSA), bits.shape, [])).astype(
-            jnp.uint8
-        )
+        shift = lax.broadcast_in_dim(jnp.int32(MANTISSA), bits.shape, [])
+        return lax.shift_right_logical(bits, shift).astype(jnp.uint8)
