@@ -101,6 +101,20 @@ def test_the_layer_quantises_what_it_projects(rng):
     same_bits((got.values, got.scale), (want.values, want.scale))
 
 
+def test_copies_and_derivatives(rng):
+    """vmap is a loop over calls; scales have the gradient of the steps that make them."""
+    p, (x, cos, sin) = concrete(rng, 3, 8, 32, "float32", False, False, "float32", wild=False)
+    one = jax.jit(functools.partial(pa.rope_quantize, format=p.format))
+    both = jax.jit(jax.vmap(lambda x: one(x, cos, sin)))(jnp.stack([x, 2 * x]))
+    for i, given in enumerate((x, 2 * x)):
+        want = one(given, cos, sin)
+        same_bits((both.values[i], both.scale[i]), (want.values, want.scale))
+    steps = lambda x: pa.quantize(turns.rotate(x, cos, sin, False), p.format).scale.sum()  # noqa: E731
+    got, want = (jax.jit(jax.grad(f))(x) for f in (lambda x: one(x, cos, sin).scale.sum(), steps))
+    np.testing.assert_array_equal(got, want)
+    assert np.any(got)
+
+
 GROUP32 = dataclasses.replace(pa.INDEX_Q, group=32)
 X, TURN = jnp.zeros((3, 4, D)), jnp.zeros((3, 32))
 QUANTIZED: Any = pa.quantize(X, pa.INDEX_Q)
@@ -253,7 +267,7 @@ def test_write_interpreted(cell, rng, monkeypatch):
     monkeypatch.setattr(mosaic_write, "INTERPRET", plgpu.InterpretGPUParams())
     p, args = keys_to_write(rng, *cell)
     (got,) = jax.jit(lambda *a: mosaic_write.run(p, *a))(*args)
-    same_pages(got, write_reference.run(p, *args)[0])
+    same_pages(got, jax.jit(lambda *a: write_reference.run(p, *a)[0])(*args))
 
 
 @pytest.mark.parametrize("cell", CELLS_WRITE[::3], ids=WRITE_IDS[::3])
