@@ -231,7 +231,7 @@ def sweep(pattern: str, repeat: int = 7) -> None:
             print(f"{case.name:30s} {name:24s} {timed.us:8.1f} us  {case.floor_us / timed.us:.3f} of floor", flush=True)
 
 
-def _turned(q, cos, sin, backend: str | None, choice: dict) -> tuple[jax.Array, jax.Array]:
+def _turned(q, cos, sin, backend: str | None, choice: dict) -> tuple[jax.Array, ...]:
     """(values, scales) of rotated queries."""
     if backend not in UNREGISTERED:
         query = pa.rope_quantize(q, cos, sin, backend=backend)
@@ -281,8 +281,8 @@ def operation(case: IndexingCase, backend: str | None, **choice) -> Callable[...
         return _turned(q, cos, sin, backend, choice)
 
     def whole(q, cos, sin, weights, cache, batch):
-        query = pa.Quantized(*rope(q, cos, sin), pa.INDEX_Q)
-        logits = paged(query, weights, cache, batch)
+        values, scale = rope(q, cos, sin)
+        logits = paged(pa.Quantized(values, scale, pa.INDEX_Q), weights, cache, batch)
         return _topk(case, logits, batch.kv_lens, backend, choice)
 
     def topk(logits, ends):

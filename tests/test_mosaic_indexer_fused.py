@@ -1,5 +1,5 @@
-"""RoPE and quantisation of index queries in one step: the bits of one step after the other, on every backend, and by
-the Hopper kernel, which no dispatch knows yet and which is called by itself."""
+"""RoPE and quantisation of index queries in one step: the bits of one step after the other, on every backend. And by
+the Hopper kernel, and the one that writes keys, which no dispatch knows yet: they are called by themselves."""
 
 import dataclasses
 import functools
@@ -15,9 +15,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_attn as pa
 from bench import indexing
-from pallas_attn.ops.sparse_indexer import mosaic_rope, turns
+from pallas_attn.ops.sparse_indexer import mosaic_rope, mosaic_write, turns
 from pallas_attn.ops.sparse_indexer.rope import reference, xla
 from pallas_attn.ops.sparse_indexer.rope.problem import prepare
+from pallas_attn.ops.sparse_indexer.write import problem as write_problem
+from pallas_attn.ops.sparse_indexer.write import reference as write_reference
 
 S = jax.ShapeDtypeStruct
 D = 128
@@ -97,6 +99,20 @@ def test_the_layer_quantises_what_it_projects(rng):
     turn = jax.jit(turns.angles)(positions, indexer.frequencies)
     got, want = pa.rope_quantize(raw, *turn, interleaved=True, hadamard=True), pa.quantize(q, pa.INDEX_Q)
     same_bits((got.values, got.scale), (want.values, want.scale))
+
+
+def test_copies_and_derivatives(rng):
+    """vmap is a loop over calls; scales have the gradient of the steps that make them."""
+    p, (x, cos, sin) = concrete(rng, 3, 8, 32, "float32", False, False, "float32", wild=False)
+    one = jax.jit(functools.partial(pa.rope_quantize, format=p.format))
+    both = jax.jit(jax.vmap(lambda x: one(x, cos, sin)))(jnp.stack([x, 2 * x]))
+    for i, given in enumerate((x, 2 * x)):
+        want = one(given, cos, sin)
+        same_bits((both.values[i], both.scale[i]), (want.values, want.scale))
+    steps = lambda x: pa.quantize(turns.rotate(x, cos, sin, False), p.format).scale.sum()  # noqa: E731
+    got, want = (jax.jit(jax.grad(f))(x) for f in (lambda x: one(x, cos, sin).scale.sum(), steps))
+    np.testing.assert_array_equal(got, want)
+    assert np.any(got)
 
 
 GROUP32 = dataclasses.replace(pa.INDEX_Q, group=32)
@@ -209,3 +225,78 @@ def test_kernels_that_overlap_choose_the_same():
     want = np.asarray(apart(*args))
     for _ in range(20):
         np.testing.assert_array_equal(overlapping(*args), want)
+
+
+# Index writes
+
+WRITES = (
+    (1, 8, 77),  # keys
+    (32, 64, 96),  # page size
+    ("bfloat16", "float16", "float32"),
+    ("INDEX_K", "INDEX_K_F32", "INDEX_K_EXPONENT"),
+    (jnp.int32, jnp.uint32),  # slots
+)
+CELLS_WRITE = pairwise(WRITES)
+WRITE_IDS = [name((*cell[:-1], cell[-1].__name__)) for cell in CELLS_WRITE]
+
+
+def keys_to_write(rng, tokens, page_size, dtype, format, slot_dtype):
+    """Slots in any order, some of them outside the cache, in pages of bytes that nobody wrote; wild keys among them."""
+    pages = -(-tokens // page_size) + 2
+    slots = rng.permutation(pages * page_size)[:tokens].astype(np.int64)
+    slots[tokens // 3 : tokens // 2] = -1 if slot_dtype is jnp.int32 else 2**32 - 5
+    slots[::6] += pages * page_size * (tokens > 1)
+    k = rng.standard_normal((tokens, D)) * np.exp(rng.uniform(-20, 9, (tokens, 1)))
+    k[0, 3] = np.inf
+    cache = pa.IndexCache.allocate(pages, page_size, format=getattr(pa, format), layout=pa.INDEX_NORMAL)
+    cache = cache.replace(jnp.asarray(rng.integers(0, 256, cache.pages.shape), jnp.uint8))
+    return write_problem.prepare(cache, jnp.asarray(k, jnp.dtype(dtype)), jnp.asarray(slots, slot_dtype))
+
+
+def same_pages(got, want):
+    """Of NaN codes, one is as good as the other."""
+    got, want = (np.asarray(x) for x in (got, want))
+    both = np.isin(got, (0x7F, 0xFF)) & np.isin(want, (0x7F, 0xFF))
+    np.testing.assert_array_equal(np.where(both, 0, got), np.where(both, 0, want))
+
+
+@pytest.mark.parametrize(
+    "cell", [(11, 32, "bfloat16", "INDEX_K", jnp.int32), (5, 64, "float32", "INDEX_K_EXPONENT", jnp.uint32)]
+)
+def test_write_interpreted(cell, rng, monkeypatch):
+    monkeypatch.setattr(mosaic_write, "INTERPRET", plgpu.InterpretGPUParams())
+    p, args = keys_to_write(rng, *cell)
+    (got,) = jax.jit(lambda *a: mosaic_write.run(p, *a))(*args)
+    same_pages(got, jax.jit(lambda *a: write_reference.run(p, *a)[0])(*args))
+
+
+@pytest.mark.parametrize("cell", CELLS_WRITE[::3], ids=WRITE_IDS[::3])
+def test_write_lowers_to_one_launch(cell, rng):
+    p, args = keys_to_write(rng, *cell)
+    assert mosaic_write.supports(p) is None
+    text = jax.jit(lambda *a: mosaic_write.run(p, *a)).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 1
+
+
+def test_write_refuses():
+    def refuses(page_size=32, dim=D, format=pa.INDEX_K, layout=pa.INDEX_NORMAL, tokens=3):
+        cache = jax.eval_shape(lambda: pa.IndexCache.allocate(4, page_size, dim, format=format, layout=layout))
+        k, slots = S((tokens, dim), jnp.bfloat16), S((tokens,), jnp.int32)
+        return mosaic_write.supports(write_problem.prepare(cache, k, slots)[0])
+
+    assert refuses() is None
+    assert refuses(page_size=16) == "no pages of 16, which is no multiple of 32"
+    assert refuses(dim=256) == "no head dim 256"
+    assert refuses(format=dataclasses.replace(pa.INDEX_K, group=64)) == "no group of 64"
+    assert refuses(layout=pa.INDEX_SHUFFLE) == "no INDEX_SHUFFLE layout"
+    assert refuses(tokens=0) == "an empty call"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", CELLS_WRITE, ids=WRITE_IDS)
+def test_write_on_gpu(cell, rng):
+    with jax.default_device(jax.devices("cpu")[0]):
+        p, args = keys_to_write(rng, *cell)
+        want = np.asarray(jax.jit(lambda *a: write_reference.run(p, *a)[0])(*args))
+    there = jax.device_put(args, jax.devices()[0])
+    same_pages(jax.jit(lambda *a: mosaic_write.run(p, *a)[0])(*there), want)
