@@ -1,9 +1,11 @@
-"""What the Triton backends of the two logits ops share, for Ampere, Ada and Hopper: how queries and keys meet."""
+"""What the Triton backends of the indexer share, for Ampere, Ada and Hopper: how queries and keys meet, and how pages
+are cut."""
 
 from typing import Any
 
 import numpy as np
 
+from pallas_attn.core.index_cache import IndexCache
 from pallas_attn.runtime.triton import KINDS, arch, kind, operand, power_of_two
 
 SMS = 132  # of the largest of these GPUs
@@ -34,3 +36,18 @@ def numbers(q: np.dtype, k: np.dtype, heads: int, dim: int) -> dict[str, Any]:
 def tile(constants: dict[str, Any]) -> int:
     """Keys of a tile: 128, fewer where a program's registers would not hold the products or the keys."""
     return 128 if constants["HP"] <= 64 and constants["DP"] <= 128 and constants["OPERAND"].itemsize < 4 else 64
+
+
+def page_constants(cache: IndexCache) -> dict[str, Any]:
+    """What the kernels that move keys want to know of a cache."""
+    assert cache.format.group is not None
+    return {
+        "G": cache.groups, "D": cache.head_dim, "GROUP": cache.format.group, "GP": power_of_two(cache.format.group),
+        "S": cache.page_size, "PAGE": cache.page_size * cache.pages.shape[2], "SHUFFLED": cache.layout.tiled,
+        "EXPONENTS": cache.format.exponents,
+    }  # fmt: skip
+
+
+def rows_of(total: int) -> int:
+    """Rows of a program, each one token and group, of so many."""
+    return min(max(power_of_two(total // (4 * SMS)), 1), 16)

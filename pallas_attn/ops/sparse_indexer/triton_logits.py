@@ -4,9 +4,8 @@
 import triton
 import triton.language as tl
 
+from pallas_attn.ops.sparse_indexer.triton_rows import stored_scale, value_places
 from pallas_attn.runtime.triton_numbers import widen
-
-TILE = tl.constexpr(16)  # tokens and values of a tile of a shuffled page
 
 
 @triton.jit
@@ -78,18 +77,9 @@ def cached_keys(
     ok. `IndexCache` says what lies where."""
     d = tl.arange(0, DP)
     codes = cache if KIND > 0 else cache.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
-    if SHUFFLED:
-        row, column = slot // TILE * (TILE * D) + slot % TILE * TILE, d // TILE * (TILE * TILE) + d % TILE
-    else:
-        row, column = slot * D, d
-    where = (page * PAGE + row)[:, None] + column[None, :]
+    where = value_places(page, slot, d, D, PAGE, SHUFFLED)
     keys = tl.load(codes + where, mask=ok[:, None] & (d < D)[None, :], other=0.0)
-    if EXPONENTS:
-        byte = tl.load(cache + page * PAGE + S * D + slot * 4, mask=ok, other=0)
-        scale = (byte.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-    else:
-        scales = cache.to(tl.pointer_type(tl.float32), bitcast=True)
-        scale = tl.load(scales + page * (PAGE // 4) + S * D // 4 + slot, mask=ok, other=0.0)
+    scale = stored_scale(cache, page * PAGE + S * D + slot * 4, ok, EXPONENTS)
     return widen(keys, KIND, OPERAND), scale
 
 
