@@ -3,7 +3,7 @@
 from pallas_attn.ops.sparse_indexer.topk.problem import Args, Problem, outputs, ranges
 from pallas_attn.runtime.triton import power_of_two, triton_op
 
-BLOCK = 8192  # columns that a program takes at once, at most
+BLOCK = 4096  # columns that a program takes at once, at most
 
 
 def supports(p: Problem) -> str | None:
