@@ -31,10 +31,10 @@ triton:
 	$(MAKE) VENV=.venv-triton EXTRAS=test,triton compiled interpreted
 
 compiled: $(VENV)/.installed
-	$(PY) -m pytest -n 2 tests/test_triton.py tests/test_triton_op.py $(PYTEST)
+	$(PY) -m pytest -n 2 tests/test_triton*.py $(PYTEST)
 
 interpreted: $(VENV)/.installed
-	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 -k interpreted tests/test_triton.py tests/test_triton_op.py $(PYTEST)
+	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 -k interpreted tests/test_triton*.py $(PYTEST)
 
 # The smaller pass for another jax: import, reference, goldens and conformance of the portable backend.
 smoke: $(VENV)/.installed

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import latents
 import numpy as np
 import pytest
+from cover import pairwise
 from oracle import BF16, F16
 from problems import relative_error
 from test_mosaic_mla import abstract, listed
@@ -235,28 +236,28 @@ def jitted(config=None):
     )(a, topk, w_uv)  # fmt: skip
 
 
-ON_GPU = [
-    (format, query, heads, page_size)
-    for format, query in (
-        ("BF16", "bf16"), ("F16", "f16"), ("BF16", "E4M3_TENSOR"), ("E4M3_TENSOR", "bf16"), ("E4M3_TENSOR", "f16"),
-        ("E4M3_TENSOR", "E4M3_TOKEN_HEAD"), ("E5M2_TENSOR", "E4M3_HEAD"), ("FP8_DS_MLA", "bf16"),
-        ("FP8_DS_MLA", "E4M3_TENSOR"),
-    )
-    for heads, page_size in ((128, 64), (16, 16), (5, 1))
-]  # fmt: skip
-LISTED_ON_GPU = [("FP8_DS_MLA", "bf16", 128), ("BF16", "bf16", 16), ("E4M3_TENSOR", "E4M3_HEAD", 40)]
 SHAPES = {
     "mixed": {"q_lens": (1, 70, 0, 130, 3, 2, 4), "kv_lens": (200, 70, 0, 300, 0, 133, 2)},
     "decode": {"q_lens": (1, 1, 1, 1, 0, 1, 1), "kv_lens": (300, 64, 0, 1, 9, 3000, 65)},
     "speculative": {"q_lens": (4, 1, 4, 3, 0, 2, 4), "kv_lens": (300, 64, 0, 3, 9, 700, 2)},
 }
+KINDS_ON_GPU = (
+    ("BF16", "bf16"), ("F16", "f16"), ("BF16", "E4M3_TENSOR"), ("E4M3_TENSOR", "bf16"), ("E4M3_TENSOR", "f16"),
+    ("E4M3_TENSOR", "E4M3_TOKEN_HEAD"), ("E5M2_TENSOR", "E4M3_HEAD"), ("FP8_DS_MLA", "bf16"),
+    ("FP8_DS_MLA", "E4M3_TENSOR"),
+)  # fmt: skip
+# Cache and query, heads, page size, shape: every pair of these.
+ON_GPU = [(*c[0], *c[1:]) for c in pairwise((KINDS_ON_GPU, (128, 16, 5), (64, 16, 1), list(SHAPES)))]
+LISTED_ON_GPU = [(*c[0], *c[1:]) for c in pairwise((
+    (("FP8_DS_MLA", "bf16"), ("BF16", "bf16"), ("E4M3_TENSOR", "E4M3_HEAD"), ("FP8_DS_MLA", "E4M3_TENSOR")),
+    (128, 16, 40), (2048, 100), (False, True), list(SHAPES),
+))]  # fmt: skip
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("cell", ON_GPU, ids=name)
-def test_on_gpu(cell, kind, rng, whole_rows):
-    check(rng, jitted(), *cell, SHAPES[kind])
+def test_on_gpu(cell, rng, whole_rows):
+    check(rng, jitted(), *cell[:-1], SHAPES[cell[-1]])
 
 
 @pytest.mark.gpu
@@ -265,16 +266,13 @@ def test_on_gpu(cell, kind, rng, whole_rows):
 def test_as_on_ampere_on_gpu(cell, splits, rng, whole_rows, generation):  # noqa: F811
     """Conversion by integer arithmetic and the configuration of old GPUs, on whatever GPU is here."""
     generation(Arch.AMPERE)
-    check(rng, jitted(mla.Config(32, 32, splits, 8, 2)), *cell, SHAPES["speculative"])
+    check(rng, jitted(mla.Config(32, 32, splits, 8, 2)), *cell[:-1], SHAPES["speculative"])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize("keys", [2048, 100])
-@pytest.mark.parametrize("by_slot", [False, True], ids=["positions", "slots"])
 @pytest.mark.parametrize("cell", LISTED_ON_GPU, ids=name)
-def test_listed_on_gpu(cell, by_slot, keys, kind, rng, whole_rows):
-    check_listed(rng, jitted(), *cell, keys, by_slot, SHAPES[kind])
+def test_listed_on_gpu(cell, rng, whole_rows):
+    check_listed(rng, jitted(), *cell[:-1], SHAPES[cell[-1]])
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from jax.interpreters import ad, batching, mlir
 
 from pallas_attn.core.arch import Arch
 from pallas_attn.core.errors import Unsupported, require
-from pallas_attn.core.formats import E4M3, E5M2, Format
+from pallas_attn.core.formats import E4M3, E5M2, INT8, Format
 from pallas_attn.runtime import dispatch
 
 NEEDS = ("jax-triton==0.3.1", "triton==3.6.0")  # the pair that is tested
@@ -179,6 +179,18 @@ def rounding(format: Format | None) -> dict[str, Any]:
         return {"OUT_KIND": 0, "OUT_RECIPROCAL": False, "OUT_HIGH": 0.0}
     reciprocal = format.apply_scale == "reciprocal"
     return {"OUT_KIND": KINDS[format.dtype], "OUT_RECIPROCAL": reciprocal, "OUT_HIGH": format.qmax}
+
+
+def rule(format: Format) -> dict[str, Any]:
+    """How a cache's format finds a scale, applies it, and rounds, for `found_scale` and `codes` of `triton_numbers`."""
+    by = float(np.float32(1) / np.float32(format.qmax)) if format.quantized else 0.0
+    return {
+        "KIND": KINDS.get(format.dtype, 0), "INTEGER": format.dtype == INT8,
+        "RECIPROCAL": format.apply_scale == "reciprocal", "LOW": format.qmin if format.quantized else 0.0,
+        "HIGH": format.qmax if format.quantized else 0.0, "AMAX_FLOOR": format.amax_floor,
+        "SCALE_FLOOR": format.scale_floor, "BY": by if format.find_scale == "reciprocal" else 0.0,
+        "UE8M0": format.ue8m0,
+    }  # fmt: skip
 
 
 def merge(out: Shape, lse: Shape, format: Format | None, splits: int, num_warps: int) -> Callable:

@@ -57,3 +57,28 @@ def to_code(x, KIND: tl.constexpr, INTEGER: tl.constexpr, LOW: tl.constexpr, HIG
 def as_bytes(pointer):
     """The pointer to FP8 values, or to their bytes, as one to bytes."""
     return pointer.to(tl.pointer_type(tl.uint8), bitcast=True)
+
+
+@triton.jit
+def found_scale(x, AMAX_FLOOR: tl.constexpr, SCALE_FLOOR: tl.constexpr, BY: tl.constexpr, QMAX: tl.constexpr, UE8M0):
+    """The scale of each row by the format's rule: `core.quantized.scale_of` once more."""
+    amax = tl.max(tl.abs(x), axis=1)
+    amax = tl.where(tl.max((x != x).to(tl.int32), axis=1) > 0, float("nan"), tl.maximum(amax, AMAX_FLOOR))
+    scale = amax * BY if BY > 0 else tl.div_rn(amax, tl.zeros_like(amax) + QMAX)
+    scale = tl.where(scale == scale, tl.maximum(scale, SCALE_FLOOR), scale)
+    if UE8M0:
+        bits = scale.to(tl.int32, bitcast=True)
+        scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def codes(
+    x, scale, KIND: tl.constexpr, INTEGER: tl.constexpr, RECIPROCAL: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr
+):
+    """Rows of numbers over their scales, as codes: `core.quantized.apply_scale` once more."""
+    if RECIPROCAL:
+        y = x * tl.div_rn(1.0 + tl.zeros_like(scale), scale)[:, None]
+    else:
+        y = tl.div_rn(x, scale[:, None] + tl.zeros_like(x))
+    return to_code(y, KIND, INTEGER, LOW, HIGH)

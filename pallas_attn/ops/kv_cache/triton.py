@@ -1,16 +1,12 @@
 """Cache writes as one Triton launch, in place, for Ampere, Ada and Hopper: every format that can be written, every
 layout. A program takes some rows, each one token and head; codes are made by integer arithmetic, the same on all."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from pallas_attn.core.formats import INT8
 from pallas_attn.ops.kv_cache.problem import Args, Problem
-from pallas_attn.runtime.triton import KINDS, Shape, cache_constants, power_of_two, stored, triton_op
+from pallas_attn.runtime.triton import Shape, cache_constants, power_of_two, rule, stored, triton_op
 
 GRANULARITIES = {"none": 0, "tensor": 1, "head": 2, "token_head": 4}
 MOST = 4096  # elements of keys or values of one program
@@ -44,22 +40,11 @@ def run(p: Problem, *arrays):
     op = triton_op(
         "pallas_attn.ops.kv_cache.triton_kernels:write", out=[Shape(x.shape, x.dtype) for x in written],
         grid=-(-total // rows),
-        constants=cache_constants(p) | _rule(p) | {"T": p.tokens, "ROWS": rows, "SINGLE": p.layout.single},
+        constants=cache_constants(p) | rule(p.format) | {
+            "GRANULARITY": GRANULARITIES[p.format.granularity], "T": p.tokens, "ROWS": rows, "SINGLE": p.layout.single,
+        },
         aliases={5 + i: i for i, x in enumerate(written) if x is not nothing}, num_warps=4 if rows * dim > 1024 else 1,
     )  # fmt: skip
     out = op(k, v, slots.astype(jnp.int32), *given, *written)
     buffers = tuple(lax.bitcast_convert_type(x, p.format.dtype) for x in out[: len(cache.buffers)])
     return jax.tree.leaves(cache.replace(buffers, out[2:] if per_token else None))  # type: ignore[arg-type]
-
-
-def _rule(p: Problem) -> dict[str, Any]:
-    """How the format finds a scale, applies it, and rounds."""
-    format = p.format
-    by = float(np.float32(1) / np.float32(format.qmax)) if format.quantized else 0.0
-    return {
-        "GRANULARITY": GRANULARITIES[format.granularity], "KIND": KINDS.get(format.dtype, 0),
-        "INTEGER": format.dtype == INT8, "RECIPROCAL": format.apply_scale == "reciprocal",
-        "LOW": format.qmin if format.quantized else 0.0, "HIGH": format.qmax if format.quantized else 0.0,
-        "AMAX_FLOOR": format.amax_floor, "SCALE_FLOOR": format.scale_floor,
-        "BY": by if format.find_scale == "reciprocal" else 0.0, "UE8M0": format.ue8m0,
-    }  # fmt: skip

@@ -4,21 +4,8 @@
 import triton
 import triton.language as tl
 
-from pallas_attn.runtime.triton_numbers import as_bytes, to_code
+from pallas_attn.runtime.triton_numbers import as_bytes, codes, found_scale
 from pallas_attn.runtime.triton_places import places, scale_place
-
-
-@triton.jit
-def found_scale(x, AMAX_FLOOR: tl.constexpr, SCALE_FLOOR: tl.constexpr, BY: tl.constexpr, QMAX: tl.constexpr, UE8M0):
-    """The scale of each row by the format's rule: `core.quantized.scale_of` once more."""
-    amax = tl.max(tl.abs(x), axis=1)
-    amax = tl.where(tl.max((x != x).to(tl.int32), axis=1) > 0, float("nan"), tl.maximum(amax, AMAX_FLOOR))
-    scale = amax * BY if BY > 0 else tl.div_rn(amax, tl.zeros_like(amax) + QMAX)
-    scale = tl.where(scale == scale, tl.maximum(scale, SCALE_FLOOR), scale)
-    if UE8M0:
-        bits = scale.to(tl.int32, bitcast=True)
-        scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    return scale
 
 
 @triton.jit
@@ -46,11 +33,7 @@ def write_side(
             scale = tl.load(given + head, mask=ok, other=1.0)
         else:
             scale = tl.load(given) + tl.zeros_like(head).to(tl.float32)
-        if RECIPROCAL:
-            y = numbers * tl.div_rn(1.0 + tl.zeros_like(scale), scale)[:, None]
-        else:
-            y = tl.div_rn(numbers, scale[:, None] + tl.zeros_like(numbers))
-        code = to_code(y, KIND, INTEGER, LOW, HIGH)
+        code = codes(numbers, scale, KIND, INTEGER, RECIPROCAL, LOW, HIGH)
         tl.store((buffer if INTEGER else as_bytes(buffer)) + where, code, mask=mask)
 
 

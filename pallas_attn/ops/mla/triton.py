@@ -25,7 +25,6 @@ from pallas_attn.ops.mla.terms import finish, tokens
 from pallas_attn.runtime.triton import (
     KINDS,
     Shape,
-    arch,
     kind,
     merge,
     operand,

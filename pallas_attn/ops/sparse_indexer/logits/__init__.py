@@ -7,8 +7,12 @@ from pallas_attn.ops.sparse_indexer.cases import logits_cases
 from pallas_attn.ops.sparse_indexer.logits.problem import outputs, prepare
 from pallas_attn.runtime.dispatch import Backend, Op, register
 from pallas_attn.runtime.op import apply
+from pallas_attn.runtime.triton import ARCHS as TRITON_ARCHS
+from pallas_attn.runtime.triton import NEEDS
 
 _HERE = "pallas_attn.ops.sparse_indexer.logits"
+# Of no dispatch yet: it has not run on a GPU.
+TRITON = Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="slower than Mosaic")
 BACKENDS = (
     Backend("xla", f"{_HERE}.xla", cost="float32 products"),
     Backend("reference", f"{_HERE}.reference", cost="all products at once"),
