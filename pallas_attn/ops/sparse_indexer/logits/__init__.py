@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
+from pallas_attn.core.arch import Arch
 from pallas_attn.core.quantized import Quantized
 from pallas_attn.ops.sparse_indexer.cases import logits_cases
 from pallas_attn.ops.sparse_indexer.logits.problem import outputs, prepare
@@ -14,6 +15,7 @@ _HERE = "pallas_attn.ops.sparse_indexer.logits"
 # Of no dispatch yet: it has not run on a GPU.
 TRITON = Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="slower than Mosaic")
 BACKENDS = (
+    Backend("mosaic", "pallas_attn.ops.sparse_indexer.mosaic_logits", ("cuda",), (Arch.HOPPER,)),
     Backend("xla", f"{_HERE}.xla", cost="float32 products"),
     Backend("reference", f"{_HERE}.reference", cost="all products at once"),
 )

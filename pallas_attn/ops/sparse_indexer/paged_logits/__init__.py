@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
+from pallas_attn.core.arch import Arch
 from pallas_attn.core.batch import RaggedBatch
 from pallas_attn.core.index_cache import IndexCache
 from pallas_attn.core.quantized import Quantized
@@ -16,6 +17,7 @@ _HERE = "pallas_attn.ops.sparse_indexer.paged_logits"
 # Of no dispatch yet: it has not run on a GPU.
 TRITON = Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="slower than Mosaic")
 BACKENDS = (
+    Backend("mosaic", "pallas_attn.ops.sparse_indexer.mosaic_paged_logits", ("cuda",), (Arch.HOPPER,)),
     Backend("xla", f"{_HERE}.xla", cost="every query gathers its pages"),
     Backend("reference", f"{_HERE}.reference", cost="a copy of the cache and all products at once"),
 )

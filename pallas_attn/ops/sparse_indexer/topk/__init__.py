@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
+from pallas_attn.core.arch import Arch
 from pallas_attn.ops.sparse_indexer.cases import topk_cases
 from pallas_attn.ops.sparse_indexer.topk.problem import outputs, prepare
 from pallas_attn.runtime.dispatch import Backend, Op, register
@@ -13,6 +14,7 @@ _HERE = "pallas_attn.ops.sparse_indexer.topk"
 # Of no dispatch yet: it has not run on a GPU.
 TRITON = Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="slower than Mosaic")
 BACKENDS = (
+    Backend("mosaic", "pallas_attn.ops.sparse_indexer.mosaic_topk", ("cuda",), (Arch.HOPPER,)),
     Backend("xla", f"{_HERE}.xla", cost="32 counting passes over the logits"),
     Backend("reference", f"{_HERE}.reference", cost="a stable sort of every row"),
 )
