@@ -122,6 +122,11 @@ def test_an_up_projection_is_bound_by_its_weights_or_latents():
     assert few.bytes == 2 * 128 * 512 * (32 + 128) + 32 * 16384 + 4 * 32 * 128
     assert few.floor_us == pytest.approx(few.bytes / 3.35e6)
     assert many.flops / 989e6 < many.floor_us < 200
+
+
+@pytest.mark.slow
+def test_an_up_projection_runs():
+    few = quantizing.all_cases()["gq_up_t32_h128"]
     assert isinstance(line := bench.one(few.small(), "xla", 1), record.Result)
     assert 0 < line.rel_err < 0.03
 

@@ -21,6 +21,30 @@ def test_floors_are_those_of_the_shares():
     )
 
 
+def abstract(case):
+    """The arguments, of shapes only."""
+    tokens, heads, pages, bf16 = case.seqs, case.heads, case.context // 64, jnp.bfloat16
+    caches = (
+        pa.LatentCache(S((tokens * pages, 64, 656), jnp.uint8), pa.FP8_DS_MLA),
+        pa.IndexCache(S((tokens * pages, 64, 132), jnp.uint8), pa.INDEX_NORMAL),
+    )
+    x = mla_layer.Inputs(
+        S((tokens, heads, 192), bf16), S((tokens, 512), bf16), S((tokens, 64), bf16),
+        S((tokens, case.index_heads, 128), bf16), S((tokens, 128), bf16), S((tokens, case.index_heads), jnp.float32),
+        S((heads, 128, 512), bf16), S((heads, 512, 128), bf16),
+    )  # fmt: skip
+    table = S((tokens, pages), jnp.int32)
+    batch = pa.RaggedBatch(table, S((tokens,), jnp.int32), S((tokens + 1,), jnp.int32), max_q_len=1)
+    return caches, x, batch
+
+
+def test_a_step_has_the_shapes_of_the_layer():
+    caches, (codes, scales) = jax.eval_shape(mla_layer.operation(CASE, "xla"), *abstract(CASE))
+    assert [c.pages.shape for c in caches] == [(32 * 512, 64, 656), (32 * 512, 64, 132)]
+    assert (codes.shape, codes.dtype, scales.shape) == ((32, 128 * 128), jnp.float8_e4m3fn, (32, 128))
+
+
+@pytest.mark.slow
 def test_a_step_writes_what_it_reads():
     """The caches come back written, and the step's own tokens are among its keys."""
     case = CASE.small()
@@ -65,18 +89,6 @@ def test_without_a_gpu_there_are_no_parts():
 
 @pytest.mark.slow
 def test_the_hopper_form_lowers():
-    tokens, bf16 = CASE.seqs, jnp.bfloat16
-    pages = tokens * CASE.context // 64
-    caches = (
-        pa.LatentCache(S((pages, 64, 656), jnp.uint8), pa.FP8_DS_MLA),
-        pa.IndexCache(S((pages, 64, 132), jnp.uint8), pa.INDEX_NORMAL),
-    )
-    x = mla_layer.Inputs(
-        S((tokens, 128, 192), bf16), S((tokens, 512), bf16), S((tokens, 64), bf16), S((tokens, 64, 128), bf16),
-        S((tokens, 128), bf16), S((tokens, 64), jnp.float32), S((128, 128, 512), bf16), S((128, 512, 128), bf16),
-    )  # fmt: skip
-    table = S((tokens, CASE.context // 64), jnp.int32)
-    batch = pa.RaggedBatch(table, S((tokens,), jnp.int32), S((tokens + 1,), jnp.int32), max_q_len=1)
     step = jax.jit(mla_layer.operation(CASE, "mosaic"), donate_argnums=0)
-    text = step.trace(caches, x, batch).lower(lowering_platforms=("cuda",)).as_text()
+    text = step.trace(*abstract(CASE)).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 5  # logits, top-k, attention, merge, up-projection

@@ -49,9 +49,11 @@ INTERPRETED = [
 ]
 
 
-@pytest.mark.parametrize("cell", INTERPRETED, ids=lambda c: "-".join(map(str, c)))
-@pytest.mark.parametrize("busy", [0, mosaic.BUSY])
-def test_interpreted(busy, cell, rng, monkeypatch):
+@pytest.mark.parametrize(
+    ("cell", "busy"), [*((c, 0) for c in INTERPRETED), (INTERPRETED[2], mosaic.BUSY)],
+    ids=lambda c: "-".join(map(str, c)) if isinstance(c, tuple) else str(c),
+)  # fmt: skip
+def test_interpreted(cell, busy, rng, monkeypatch):
     """With several tiles to a CTA as for large problems, and one."""
     monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
     monkeypatch.setattr(mosaic, "BUSY", busy)
