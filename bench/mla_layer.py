@@ -4,7 +4,8 @@ A token of every sequence is absorbed (q_nope @ w_uk), turned (RoPE), written in
 quantised, logits over all cached keys, the top-k. It attends to what was found, and the result is up-projected and
 quantised in groups. What is left out are the projections of hidden states before it and of the result behind it.
 
-No dispatch knows the Hopper kernels yet: `--backend mosaic` calls them by themselves, and what has none is XLA's.
+`--backend mosaic` calls the Hopper kernels by themselves, for dispatch does not know all of them yet; what has none is
+XLA's.
 """
 
 import dataclasses
@@ -25,9 +26,9 @@ from pallas_attn.core.arch import H100
 from pallas_attn.ops.mla import mosaic as attend_mosaic
 from pallas_attn.ops.mla import problem as attend_problem
 from pallas_attn.ops.sparse_indexer import mosaic_paged_logits, mosaic_topk
-from pallas_attn.ops.sparse_indexer.indexer import rotate
 from pallas_attn.ops.sparse_indexer.paged_logits import problem as logits_problem
 from pallas_attn.ops.sparse_indexer.topk import problem as topk_problem
+from pallas_attn.ops.sparse_indexer.turns import angles, rotate
 
 UNREGISTERED = ("mosaic",)
 CARRY = True
@@ -116,7 +117,7 @@ class Inputs(NamedTuple):
 def arguments(case: MlaLayerCase, seed: int = 0) -> tuple[Any, ...]:
     """Random ((latents, index keys), inputs, batch)."""
     _, _, latents, batch, _ = mla.arguments(case.attention, seed)
-    index_q, index_weights, keys, _ = indexing.arguments(case.indexer, seed)
+    index_q, _, _, index_weights, keys, _ = indexing.arguments(case.indexer, seed)
     random = iter(jax.random.split(jax.random.key(seed + 1), 6))
     normal = lambda *shape, scale=1.0: jax.random.normal(next(random), shape, jnp.bfloat16) * scale  # noqa: E731
     x = Inputs(
@@ -136,7 +137,7 @@ def operation(case: MlaLayerCase, backend: str | None) -> Callable[..., tuple]:
     def step(caches: tuple[pa.LatentCache, pa.IndexCache], x: Inputs, batch: pa.RaggedBatch):
         latents, keys = caches
         at = batch.kv_lens - 1
-        turn = lambda part, pairs: rotate(part, at, jnp.asarray(frequencies), pairs)  # noqa: E731
+        turn = lambda part, pairs: rotate(part, *angles(at, jnp.asarray(frequencies)), pairs)  # noqa: E731
         with jax.named_scope("rope"):
             q_rope, k_rope = turn(x.q[..., DIM:], True), turn(x.k_rope, True)
             index_q, index_k = turn(x.index_q, False), turn(x.index_k, False)

@@ -74,7 +74,8 @@ def stepwise(p, args):
     y = x32.copy()
     y[first], y[second] = a * c - b * s, b * c + a * s
     y = jnp.asarray(y).astype(p.dtype)
-    return pa.quantize(turns.hadamard(y) if p.hadamard else y, p.format)
+    y = jax.jit(turns.hadamard)(y) if p.hadamard else y
+    return jax.jit(pa.quantize, static_argnums=1)(y, p.format)
 
 
 @pytest.mark.parametrize("backend", ["xla", "reference"])
@@ -97,7 +98,8 @@ def test_the_layer_quantises_what_it_projects(rng):
     q = jax.jit(pa.Indexer.project)(indexer, hidden, latent, positions)[0]
     raw = jax.jit(jnp.matmul)(latent, indexer.wq).reshape(6, 4, D)
     turn = jax.jit(turns.angles)(positions, indexer.frequencies)
-    got, want = pa.rope_quantize(raw, *turn, interleaved=True, hadamard=True), pa.quantize(q, pa.INDEX_Q)
+    got = jax.jit(lambda *a: pa.rope_quantize(*a, interleaved=True, hadamard=True))(raw, *turn)
+    want = jax.jit(pa.quantize, static_argnums=1)(q, pa.INDEX_Q)
     same_bits((got.values, got.scale), (want.values, want.scale))
 
 
@@ -159,7 +161,7 @@ INTERPRETED = [
 def test_interpreted(cell, rng, monkeypatch):
     monkeypatch.setattr(mosaic_rope, "INTERPRET", plgpu.InterpretGPUParams())
     p, args = concrete(rng, *cell)
-    same_bits(mosaic_rope.run(p, *args), reference.run(p, *args))
+    same_bits(mosaic_rope.run(p, *args), jax.jit(lambda *a: reference.run(p, *a))(*args))
 
 
 def lower(cell):
