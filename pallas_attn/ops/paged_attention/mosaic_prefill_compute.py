@@ -308,8 +308,8 @@ class Computer(Crew):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()  # the memory is free: of the query, or of the columns before
             for column in range(at, at + width, step):
-                x = sums[column // part][:, column % part : column % part + step]
-                (out.at[:, pl.ds(column - at, step)] if step < width else out)[...] = x
+                piece = sums[column // part][:, column % part : column % part + step]
+                (out.at[:, pl.ds(column - at, step)] if step < width else out)[...] = piece
             plgpu.commit_smem()
             self.put(out, first, count, pl.ds(at, width))
         if p.return_lse:
