@@ -13,14 +13,8 @@ from tabulate import tabulate
 import pallas_attn as pa
 from bench import cases, gathers, indexing, layers, mla, mla_layer, quantizing, record, side, timing, writes
 from bench.cases import Case
-from bench.gathers import GatherCase
-from bench.indexing import IndexingCase
-from bench.mla import MlaCase
-from bench.mla_layer import MlaLayerCase
-from bench.quantizing import QuantizeCase
-from bench.writes import WriteCase
+from bench.shape import Shape
 
-type AnyCase = Case | WriteCase | GatherCase | IndexingCase | MlaCase | MlaLayerCase | QuantizeCase
 KINDS = {  # by `case.op`
     "decode": cases,
     "prefill": cases,
@@ -65,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     ](args)
 
 
-def chosen(args: argparse.Namespace) -> list[AnyCase]:
+def chosen(args: argparse.Namespace) -> list[Shape]:
     """The cases that the options select."""
     found = [
         c for c in (x for kind in MODULES for x in kind.all_cases().values())
@@ -101,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
                 print(peer.line(), flush=True)
 
 
-def one(case: AnyCase, backend: str | None, repeat: int, scheduled: bool = True) -> record.Result | str:
+def one(case: Shape, backend: str | None, repeat: int, scheduled: bool = True) -> record.Result | str:
     """Check and time one case; or say why a backend refuses it.
 
     The batch comes with its schedule, as in a serving step: computed once for all layers, outside of what is timed.

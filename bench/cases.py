@@ -5,13 +5,14 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import pallas_attn as pa
+from bench.shape import Shape
 from pallas_attn.core.arch import H100
 
 PEERS = Path(__file__).parent / "peers" / "h100.json"
@@ -19,7 +20,7 @@ K_SCALE, V_SCALE, Q_SCALE = 0.5, 0.25, 0.75
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(Shape):
     """One shape of paged attention: sequences of (query tokens, cached tokens), heads, and how it is stored."""
 
     name: str
@@ -56,16 +57,11 @@ class Case:
         return self.layers * 4 * self.q_heads * self.head_dim * pairs
 
     @property
-    def floor_us(self) -> float:
-        """What no kernel on an H100 can beat: the larger of bytes over bandwidth and FLOPs over the matrix units."""
-        return 1e6 * max(self.bytes / H100.memory, self.flops / (H100.fp8 if self.fp8_query else H100.bf16))
+    def rate(self) -> float:
+        """FLOP/s of the matrix unit for them."""
+        return H100.fp8 if self.fp8_query else H100.bf16
 
-    @property
-    def best_peer(self) -> tuple[str, float] | None:
-        """The fastest peer's name and microseconds."""
-        return min(self.peers_us, key=lambda p: p[1], default=None)
-
-    def small(self) -> "Case":
+    def small(self) -> Self:
         """The same kind of problem at a size for a CPU; without peers."""
         seqs = tuple((min(q, 32), max(min(kv, 256), min(q, 32))) for q, kv in self.seqs[:2])
         layers = min(self.layers, 2)

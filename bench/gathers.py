@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -12,11 +12,11 @@ import numpy as np
 import pallas_attn as pa
 from bench.cases import PEERS, Case
 from bench.cases import arguments as cached
-from pallas_attn.core.arch import H100
+from bench.shape import Shape
 
 
 @dataclasses.dataclass(frozen=True)
-class GatherCase:
+class GatherCase(Shape):
     """So many sequences of one length."""
 
     name: str
@@ -28,7 +28,6 @@ class GatherCase:
     layout: pa.Layout = pa.NHD
     peers_us: tuple[tuple[str, float], ...] = ()
     op: str = "gather"
-    flops: int = 0
 
     @property
     def tokens(self) -> int:
@@ -41,17 +40,7 @@ class GatherCase:
         pages = self.seqs * -(-self.context // self.page_size)
         return 2 * self.tokens * self.kv_heads * self.head_dim * 3 + 4 * pages
 
-    @property
-    def floor_us(self) -> float:
-        """Bytes over the bandwidth of an H100."""
-        return 1e6 * self.bytes / H100.memory
-
-    @property
-    def best_peer(self) -> tuple[str, float] | None:
-        """The fastest peer's name and microseconds."""
-        return min(self.peers_us, key=lambda p: p[1], default=None)
-
-    def small(self) -> "GatherCase":
+    def small(self) -> Self:
         """The same kind of problem at a size for a CPU; without peers."""
         small = {"seqs": min(self.seqs, 2), "context": min(self.context, 128), "peers_us": ()}
         return dataclasses.replace(self, name=f"{self.name}_small", **small)

@@ -12,7 +12,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ import numpy as np
 import pallas_attn as pa
 from bench import timing
 from bench.cases import PEERS
+from bench.shape import Shape
 from pallas_attn.core.arch import H100
 from pallas_attn.ops.sparse_indexer import mosaic_logits, mosaic_paged_logits, mosaic_rope, mosaic_topk, turns
 from pallas_attn.ops.sparse_indexer.logits import problem as logits_problem
@@ -36,7 +37,7 @@ PARTS_US = {"indexer_b64_c131072": ("parts of the peers", 470.0)}  # without qua
 
 
 @dataclasses.dataclass(frozen=True)
-class IndexingCase:
+class IndexingCase(Shape):
     """One shape: so many rows over so many keys each."""
 
     name: str
@@ -87,16 +88,11 @@ class IndexingCase:
         return 0 if self.kind in ("topk", "rope") else 2 * self.pairs * self.heads * self.dim
 
     @property
-    def floor_us(self) -> float:
-        """What no kernel on an H100 can beat: the larger of bytes over bandwidth and FLOPs over the matrix units."""
-        return 1e6 * max(self.bytes / H100.memory, self.flops / H100.fp8)
+    def rate(self) -> float:
+        """FLOP/s of the matrix unit for them."""
+        return H100.fp8
 
-    @property
-    def best_peer(self) -> tuple[str, float] | None:
-        """The fastest peer's name and microseconds."""
-        return min(self.peers_us, key=lambda p: p[1], default=None)
-
-    def small(self) -> "IndexingCase":
+    def small(self) -> Self:
         """The same kind of problem at a size for a CPU; without peers."""
         lens = tuple(min(n, 320 + 64 * i) for i, n in enumerate(self.lens[:2]))
         rows = len(lens) * self.next_n if self.kind != "mqa" else 16

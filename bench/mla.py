@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 
 import pallas_attn as pa
 from bench.cases import PEERS
+from bench.shape import Shape
 from pallas_attn.core.arch import H100
 
 PAGE, LATENT, ROPE = 64, 512, 64
@@ -21,7 +22,7 @@ ROWS = {"bf16": pa.BF16, "fp8": pa.E4M3_TENSOR, "rows": pa.FP8_DS_MLA}
 
 
 @dataclasses.dataclass(frozen=True)
-class MlaCase:
+class MlaCase(Shape):
     """One query token for each of so many sequences of one length."""
 
     name: str
@@ -53,16 +54,11 @@ class MlaCase:
         return 2 * self.heads * (2 * LATENT + ROPE) * self.seqs * (self.topk or self.context)
 
     @property
-    def floor_us(self) -> float:
-        """What no kernel on an H100 can beat: the larger of bytes over bandwidth and FLOPs over the matrix units."""
-        return 1e6 * max(self.bytes / H100.memory, self.flops / (H100.fp8 if self.fp8_query else H100.bf16))
+    def rate(self) -> float:
+        """FLOP/s of the matrix unit for them."""
+        return H100.fp8 if self.fp8_query else H100.bf16
 
-    @property
-    def best_peer(self) -> tuple[str, float] | None:
-        """The fastest peer's name and microseconds."""
-        return min(self.peers_us, key=lambda p: p[1], default=None)
-
-    def small(self) -> "MlaCase":
+    def small(self) -> Self:
         """The same kind of problem at a size for a CPU; without peers."""
         topk = None if self.topk is None else min(self.topk, 96)
         small = {"seqs": min(self.seqs, 2), "context": min(self.context, 256), "heads": min(self.heads, 16)}

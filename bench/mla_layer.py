@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import pallas_attn as pa
 from bench import indexing, mla, timing
 from bench.indexing import IndexingCase
 from bench.mla import LATENT, PAGE, ROPE, MlaCase
+from bench.shape import Shape
 from pallas_attn.core.arch import H100
 from pallas_attn.ops.mla import mosaic as attend_mosaic
 from pallas_attn.ops.mla import problem as attend_problem
@@ -42,7 +43,7 @@ HELPER = 3.0  # microseconds that no kernel of XLA's should take
 
 
 @dataclasses.dataclass(frozen=True)
-class MlaLayerCase:
+class MlaLayerCase(Shape):
     """One query token for each of so many sequences of one length."""
 
     name: str
@@ -53,7 +54,6 @@ class MlaLayerCase:
     index_heads: int = 64
     op: str = "mla_layer"
     layout: pa.Layout = pa.NHD
-    best_peer: tuple[str, float] | None = None
 
     @property
     def indexer(self) -> IndexingCase:
@@ -88,7 +88,7 @@ class MlaLayerCase:
         project = max(2 * self._weights / H100.memory, 2 * self.seqs * self._weights / H100.bf16)
         return self.indexer.floor_us + self.attention.floor_us + 2e6 * project
 
-    def small(self) -> "MlaLayerCase":
+    def small(self) -> Self:
         """The same kind of problem at a size for a CPU."""
         small = {"seqs": min(self.seqs, 2), "context": min(self.context, 200), "heads": 8, "topk": 96, "index_heads": 8}
         return dataclasses.replace(self, name=f"{self.name}_small", **small)

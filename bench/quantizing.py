@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ import pallas_attn as pa
 from bench import timing
 from bench.cases import PEERS
 from bench.mla import LATENT, PAGE, ROPE
+from bench.shape import Shape
 from bench.side import Side
-from pallas_attn.core.arch import H100
 from pallas_attn.ops.mla import mosaic_up
 from pallas_attn.ops.mla import problem as mla_problem
 from pallas_attn.ops.quantize_output import mosaic
@@ -31,7 +32,7 @@ FORMATS = {"": pa.e4m3_group(128), "_packed": pa.e4m3_group(128, ue8m0=True, ord
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeCase:
+class QuantizeCase(Shape):
     """bf16 numbers [tokens, width]; with heads, those that an up-projection of 512 to 128 makes of latents first."""
 
     name: str
@@ -56,17 +57,7 @@ class QuantizeCase:
         """Multiply-adds of the up-projection, times two."""
         return 0 if self.heads is None else 2 * self.tokens * self.heads * LATENT * HEAD
 
-    @property
-    def floor_us(self) -> float:
-        """What no kernel on an H100 can beat: the larger of bytes over bandwidth and FLOPs over the matrix units."""
-        return 1e6 * max(self.bytes / H100.memory, self.flops / H100.bf16)
-
-    @property
-    def best_peer(self) -> tuple[str, float] | None:
-        """The fastest peer's name and microseconds."""
-        return min(self.peers_us, key=lambda p: p[1], default=None)
-
-    def small(self) -> "QuantizeCase":
+    def small(self) -> Self:
         """The same kind of problem at a size for a CPU; without peers."""
         return dataclasses.replace(
             self, name=f"{self.name}_small", tokens=min(self.tokens, 32), width=1024, peers_us=()

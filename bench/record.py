@@ -10,14 +10,8 @@ from pathlib import Path
 import jax
 from matplotlib.figure import Figure
 
-from bench.cases import Case
-from bench.gathers import GatherCase
-from bench.indexing import IndexingCase
-from bench.mla import MlaCase
-from bench.mla_layer import MlaLayerCase
-from bench.quantizing import QuantizeCase
+from bench.shape import Shape
 from bench.timing import Timing
-from bench.writes import WriteCase
 
 HERE = Path(__file__).parent
 RESULTS, OUT = HERE / "results", HERE / "out"
@@ -58,12 +52,7 @@ class Result:
         )
 
 
-def result(
-    case: Case | WriteCase | GatherCase | IndexingCase | MlaCase | MlaLayerCase | QuantizeCase,
-    backend: str,
-    timing: Timing,
-    rel_err: float,
-) -> Result:
+def result(case: Shape, backend: str, timing: Timing, rel_err: float) -> Result:
     """What one measurement says of a case. The floor is that of an H100, wherever it ran."""
     peer = case.best_peer
     return Result(

@@ -3,21 +3,21 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import pallas_attn as pa
-from pallas_attn.core.arch import H100
+from bench.shape import Shape
 
 CARRY = True
 PAGE = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class WriteCase:
+class WriteCase(Shape):
     """So many tokens: of one prompt (as many as fill pages in a row), or of as many sequences at random places."""
 
     name: str
@@ -27,22 +27,16 @@ class WriteCase:
     kv_heads: int = 8
     head_dim: int = 128
     op: str = "write"
-    best_peer: tuple[str, float] | None = None
-    flops: int = 0
 
     @property
     def bytes(self) -> int:
-        """The fewest bytes to move: keys and values read in bf16 and written in the cache's format, scales, slots."""
+        """The fewest bytes to move: keys and values read in bf16 and written in the cache's format, scales, slots. What
+        stays in the L2 may be faster."""
         rows = 2 * self.tokens * self.kv_heads
         scale = 4 if self.format.granularity == "token_head" else 0
         return rows * (self.head_dim * (2 + self.format.dtype.itemsize) + scale) + 4 * self.tokens
 
-    @property
-    def floor_us(self) -> float:
-        """Bytes over the bandwidth of an H100; what stays in its L2 may be faster."""
-        return 1e6 * self.bytes / H100.memory
-
-    def small(self) -> "WriteCase":
+    def small(self) -> Self:
         """The same kind of problem at a size for a CPU."""
         return dataclasses.replace(self, name=f"{self.name}_small", tokens=min(self.tokens, 128))
 
