@@ -100,10 +100,14 @@ def interpreted(q, cache, batch, **options):
 INTERPRETED = [
     ("E4M3_TENSOR", "NHD", 16, 64, (8, 2), "bf16", "sinks", ((1, 40, 0, 3), (9, 100, 0, 70))),
     ("E5M2_TOKEN_HEAD", "HND", 128, 64, (4, 1), "E4M3_TOKEN_HEAD", "window", ((70,), (200,))),
+    # Scales of queries that are not there are NaN; a window that is not causal bounds what lies ahead too.
+    ("F16", "HND", 64, 64, (8, 1), "E4M3_TOKEN_HEAD", "sinks", ((9,), (40,))),
+    ("BF16", "HND", 64, 64, (2, 1), "bf16", "window not causal", ((100,), (100,))),
 ]
 SLOW = [
     ("INT8_TOKEN_HEAD", "PACKED", 64, 64, (2, 2), "f16", "plain", ((2, 70), (2, 90))),
     ("BF16", "INTERLEAVED", 32, 64, (16, 1), "bf16", "all", ((9, 1), (140, 65))),
+    ("E4M3_TENSOR", "HND", 64, 256, (4, 1), "bf16", "plain", ((40,), (140,))),
 ]
 INTERPRETED += [pytest.param(cell, marks=pytest.mark.slow) for cell in SLOW]
 
