@@ -36,13 +36,6 @@ from pallas_attn.core.caches import abstract_cache
 from pallas_attn.ops.paged_attention import mosaic, mosaic_decode, mosaic_prefill, mosaic_prefill_compute
 from pallas_attn.ops.paged_attention.problem import prepare
 
-
-@pytest.fixture(autouse=True)
-def prefill(monkeypatch):
-    """The kernel as it will be when it has passed these tests."""
-    monkeypatch.setattr(mosaic, "PREFILL", True)
-
-
 LENGTHS = {  # query tokens and context of each sequence; two more are padding
     "mixed": ((1, 5, 0, 170, 64, 1, 33), (9, 5, 7, 500, 64, 700, 300)),
     "prefill": ((40, 129, 31, 0, 64, 16, 15), (40, 129, 300, 0, 64, 400, 16)),
@@ -182,6 +175,7 @@ LOWERED = [
     ("E5M2_TENSOR", "PACKED", 256, 256, (8, 2), "f16", "soft cap", "mixed"),
     ("BF16", "INTERLEAVED", 128, 64, (6, 2), "f32", "causal per sequence", "mixed"),
     ("E4M3_TENSOR", "HND", 64, 128, (128, 1), "bf16", "window not causal", "mixed"),
+    ("E4M3_HEAD", "HND", 64, 128, (8, 2), "f32", "plain", "mixed"),
 ]
 
 

@@ -114,7 +114,7 @@ def form_of(p: Problem, config: Config, few: int = 0) -> Form:
     )  # fmt: skip
 
 
-def run(p: Problem, *arrays, config: Config | None = None, few: int = 0, dynamic: bool = True):
+def run(p: Problem, *arrays, config: Config | None = None, few: int = 0):
     """(out [T, H, DV], lse [T, H] if asked); rows of sequences with at most `few` query tokens hold anything."""
     args = Args(*arrays)
     form = form_of(p, config or choose(p), few)._replace(mirrored=args.mask.symmetric and "window" in p.options)
@@ -124,7 +124,7 @@ def run(p: Problem, *arrays, config: Config | None = None, few: int = 0, dynamic
     if p.return_lse:
         out.append(jax.ShapeDtypeStruct((p.tokens, units, form.part), jnp.float32))
     # Blocks are as long as what they see: a CTA takes the next one when it is done. Few need no counter.
-    dynamic = dynamic and form.cells(p) > workers and mosaic_prefill_compute.INTERPRET is None
+    dynamic = form.cells(p) > workers and mosaic_prefill_compute.INTERPRET is None
     counter = [jax.new_ref(jnp.zeros(1, jnp.int32))] if dynamic else []
 
     def prefill(*refs, **scratch):
@@ -217,15 +217,14 @@ def _of_query(p: Problem, form: Form) -> dict[str, Any]:
     reaches into the other's. Results of 4 bytes leave in halves."""
     depth = p.head_dim
     out_depth = min(p.v_head_dim, 2 * p.v_head_dim // p.out_dtype.itemsize)
-    widths = [form.terms * depth * form.operand.itemsize, out_depth * p.out_dtype.itemsize]
-    if not form.ahead:
-        widths.append(depth * p.q_format.dtype.itemsize)
-    q, out, *raw = (ROWS * max(widths) // w for w in widths)
-    memory: list[Any] = [plgpu.SMEM((WARPGROUPS, rows, depth), p.q_format.dtype) for rows in raw]
-    memory.append(
-        plgpu.SMEM((WARPGROUPS, q * form.terms, depth), form.operand, transforms=swizzled(form.operand, depth))
-    )
-    memory.append(plgpu.SMEM((WARPGROUPS, out, out_depth), p.out_dtype))
+    terms, result = form.terms * depth * form.operand.itemsize, out_depth * p.out_dtype.itemsize
+    raw = depth * p.q_format.dtype.itemsize
+    most = max(terms, result, 0 if form.ahead else raw)
+    rows = lambda width: ROWS * most // width  # noqa: E731  # of so many bytes, in a warpgroup's part
+    memory: list[Any] = [] if form.ahead else [plgpu.SMEM((WARPGROUPS, rows(raw), depth), p.q_format.dtype)]
+    tiles = (WARPGROUPS, rows(depth * form.operand.itemsize), depth)
+    memory.append(plgpu.SMEM(tiles, form.operand, transforms=swizzled(form.operand, depth)))
+    memory.append(plgpu.SMEM((WARPGROUPS, rows(result), out_depth), p.out_dtype))
     scratch: dict[str, Any] = {"of_query": plgpu.RefUnion(*memory)}
     if form.ahead:
         scratch["raw_q"] = plgpu.SMEM((WARPGROUPS, ROWS, depth), p.q_format.dtype)
