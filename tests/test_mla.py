@@ -621,4 +621,4 @@ def test_scale_has_no_default():
 
 def test_explain():
     answer = pa.explain(pa.mla_attention, Q, R, CACHE, BATCH, scale=SCALE, topk=LIST)
-    assert answer == {"mosaic": "not on cpu", "xla": "chosen", "reference": "supported"}
+    assert answer == {"mosaic": "not on cpu", "triton": "not on cpu", "xla": "chosen", "reference": "supported"}
