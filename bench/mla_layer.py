@@ -1,11 +1,11 @@
 """A decode step of the attention of DeepSeek-V3.2 between its projections, jitted once, its time part by part.
 
 A token of every sequence is absorbed (q_nope @ w_uk), turned (RoPE), written into both caches, and indexed: queries
-quantised, logits over all cached keys, the top-k. It attends to what was found, and the result is up-projected and
-quantised in groups. What is left out are the projections of hidden states before it and of the result behind it.
+turned and quantised in one step, logits over all cached keys, the top-k. It attends to what was found, and the result
+is up-projected and quantised in groups. What is left out are the projections of hidden states before it and of the
+result behind it.
 
-`--backend mosaic` calls the Hopper kernels by themselves, for dispatch does not know all of them yet; what has none is
-XLA's.
+A named backend runs the ops that have it.
 """
 
 import dataclasses
@@ -24,14 +24,8 @@ from bench.indexing import IndexingCase
 from bench.mla import LATENT, PAGE, ROPE, MlaCase
 from bench.shape import Shape
 from pallas_attn.core.arch import H100
-from pallas_attn.ops.mla import mosaic as attend_mosaic
-from pallas_attn.ops.mla import problem as attend_problem
-from pallas_attn.ops.sparse_indexer import mosaic_paged_logits, mosaic_topk
-from pallas_attn.ops.sparse_indexer.paged_logits import problem as logits_problem
-from pallas_attn.ops.sparse_indexer.topk import problem as topk_problem
 from pallas_attn.ops.sparse_indexer.turns import angles, rotate
 
-UNREGISTERED = ("mosaic",)
 CARRY = True
 DIM = 128  # of keys without their rotary part, of values, and of the indexer
 OUT = pa.e4m3_group(128)
@@ -130,76 +124,36 @@ def arguments(case: MlaLayerCase, seed: int = 0) -> tuple[Any, ...]:
 
 def operation(case: MlaLayerCase, backend: str | None) -> Callable[..., tuple]:
     """The timed function: ((latents, index keys), result)."""
-    known = None if backend in UNREGISTERED else backend
     frequencies = 10_000.0 ** (-np.arange(0, ROPE, 2, dtype=np.float32) / ROPE)
-    attend, logits_of, choose = _kernels(case) if backend in UNREGISTERED else _ops(case, known)
+    width = -(-case.context // PAGE) * PAGE
 
     def step(caches: tuple[pa.LatentCache, pa.IndexCache], x: Inputs, batch: pa.RaggedBatch):
         latents, keys = caches
         at = batch.kv_lens - 1
-        turn = lambda part, pairs: rotate(part, *angles(at, jnp.asarray(frequencies)), pairs)  # noqa: E731
         with jax.named_scope("rope"):
-            q_rope, k_rope = turn(x.q[..., DIM:], True), turn(x.k_rope, True)
-            index_q, index_k = turn(x.index_q, False), turn(x.index_k, False)
+            cos_sin = angles(at, jnp.asarray(frequencies))
+            q_rope, k_rope = (rotate(part, *cos_sin, True) for part in (x.q[..., DIM:], x.k_rope))
+            index_k = rotate(x.index_k, *cos_sin, False)
             slots = batch.slot_mapping(case.seqs, PAGE)
         with jax.named_scope("absorb"):
             q_latent = jnp.einsum("thn,hnc->thc", x.q[..., :DIM], x.w_uk)
         with jax.named_scope("write latent"):
-            latents = pa.write_latent(latents, x.latent, k_rope, slots, backend=known)
+            latents = pa.write_latent(latents, x.latent, k_rope, slots)
         with jax.named_scope("write index"):
-            keys = pa.write_index(keys, index_k, slots, backend=known)
+            keys = pa.write_index(keys, index_k, slots)
         with jax.named_scope("index query"):
-            index_q = pa.quantize(index_q, pa.INDEX_Q, backend=known)
+            index_q = pa.rope_quantize(x.index_q, *cos_sin)
         with jax.named_scope("index logits"):
-            logits = logits_of(index_q, x.index_weights, keys, batch)
+            logits = pa.paged_indexer_logits(index_q, x.index_weights, keys, batch, max_len=width)
         with jax.named_scope("top-k"):
-            found = choose(logits, batch.kv_lens)
+            found = pa.indexer_topk(logits, case.topk, ends=batch.kv_lens)
         with jax.named_scope("attention"):
-            out = attend(q_latent, q_rope, latents, batch, found, x.w_uv)
-        return (latents, keys), out
+            out: Any = pa.mla_attention(
+                q_latent, q_rope, latents, batch, scale=mla.SCALE, topk=found, w_uv=x.w_uv, out=OUT
+            )
+        return (latents, keys), (out.values, out.scale)
 
-    return step
-
-
-def _ops(case: MlaLayerCase, backend: str | None) -> tuple[Callable, Callable, Callable]:
-    """(attention, logits, selection) as everybody calls them."""
-
-    def attend(q_latent, q_rope, latents, batch, found, w_uv):
-        out: Any = pa.mla_attention(
-            q_latent, q_rope, latents, batch, scale=mla.SCALE, topk=found, w_uv=w_uv, out=OUT, backend=backend
-        )
-        return out.values, out.scale
-
-    logits = functools.partial(pa.paged_indexer_logits, max_len=_width(case), backend=backend)
-    return attend, logits, lambda x, ends: pa.indexer_topk(x, case.topk, ends=ends, backend=backend)
-
-
-def _kernels(case: MlaLayerCase) -> tuple[Callable, Callable, Callable]:
-    """The same by the Hopper kernels alone."""
-
-    def attend(q_latent, q_rope, latents, batch, found, w_uv):
-        keywords = {"scale": mla.SCALE, "topk": found, "w_uv": w_uv, "out": OUT}
-        return _run(attend_mosaic, attend_problem.prepare(q_latent, q_rope, latents, batch, **keywords))
-
-    def logits(q, weights, keys, batch):
-        return _run(mosaic_paged_logits, logits_problem.prepare(q, weights, keys, batch, max_len=_width(case)))[0]
-
-    def choose(x, ends):
-        return _run(mosaic_topk, topk_problem.prepare(x, case.topk, ends=ends))[0]
-
-    return attend, logits, choose
-
-
-def _width(case: MlaLayerCase) -> int:
-    return -(-case.context // PAGE) * PAGE
-
-
-def _run(kernel: Any, prepared: tuple) -> tuple:
-    p, args = prepared
-    reason = kernel.supports(p)
-    if reason is not None:
-        raise ValueError(f"the kernel refuses: {reason}")
-    return kernel.run(p, *args)
+    return step if backend is None else pa.use_backend(backend)(step)
 
 
 def calls(case: MlaLayerCase, args: tuple) -> list[tuple[Callable, tuple]]:

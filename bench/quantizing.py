@@ -1,8 +1,8 @@
 """The cases of quantisation in groups: activations [T, N] to FP8, with scales in rows (gq_*) or packed (gq_*_packed),
 and what MLA's up-projection makes of latents (gq_up_*).
 
-No dispatch knows the Hopper kernel yet: `--backend mosaic` calls it by itself. Every case has a copy of as many bytes
-timed beside it, in the same process: what the kernel could reach.
+`--backend mosaic` makes gq_up_* by the kernel that does so inside of `mla_attention`, the others by a product and the
+op. Every case has a copy of as many bytes timed beside it, in the same process: what a kernel could reach.
 """
 
 import dataclasses
@@ -23,10 +23,7 @@ from bench.shape import Shape
 from bench.side import Side
 from pallas_attn.ops.mla import mosaic_up
 from pallas_attn.ops.mla import problem as mla_problem
-from pallas_attn.ops.quantize_output import mosaic
-from pallas_attn.ops.quantize_output.problem import prepare
 
-UNREGISTERED = ("mosaic",)
 HEAD = 128  # values of an up-projected head
 FORMATS = {"": pa.e4m3_group(128), "_packed": pa.e4m3_group(128, ue8m0=True, order="tma", packed=True)}
 
@@ -94,23 +91,17 @@ def arguments(case: QuantizeCase, seed: int = 0) -> tuple[jax.Array, ...]:
 def operation(case: QuantizeCase, backend: str | None) -> Callable[..., tuple]:
     """The timed function of the arguments: (codes, scales)."""
 
-    def known(x, w=None):
+    def quantized(x, w=None):
         if w is not None:
             x, w = (a.astype(jnp.float32) if backend == "reference" else a for a in (x, w))
             x = jnp.einsum("thc,hcv->thv", x, w).reshape(case.tokens, -1)
         q = pa.quantize(x, case.format, backend=backend)
         return q.values, q.scale
 
-    def alone(x, w=None):
-        if w is not None:
-            return mosaic_up.project(_attention(case), x, w, jnp.ones(1), None)
-        p, args = prepare(x, case.format)
-        reason = mosaic.supports(p)
-        if reason is not None:
-            raise ValueError(f"the kernel refuses: {reason}")
-        return mosaic.run(p, *args)
+    def projected(x, w):
+        return mosaic_up.project(_attention(case), x, w, jnp.ones(1), None)
 
-    return alone if backend in UNREGISTERED else known
+    return projected if backend == "mosaic" and case.heads is not None else quantized
 
 
 def _attention(case: QuantizeCase) -> mla_problem.Problem:

@@ -1,8 +1,9 @@
-"""A small set of cells in which every two values of any two lists meet."""
+"""Small sets of cells: those in which every two values of any two lists meet, those that are run every time."""
 
 import itertools
 
 import numpy as np
+import pytest
 
 
 def pairwise(lists, possible=lambda cell: True, tries=40):
@@ -33,3 +34,8 @@ def pairwise(lists, possible=lambda cell: True, tries=40):
         missing -= best[0]
         cells.append(best[1])
     return cells
+
+
+def some_slow(cells, *slow):
+    """The cells as pytest's parameters, those of these numbers marked `slow`."""
+    return [pytest.param(c, marks=pytest.mark.slow) if i in slow else c for i, c in enumerate(cells)]

@@ -13,7 +13,7 @@ import pytest
 import pallas_attn as pa
 from pallas_attn.core.arch import Arch, arch_of
 from pallas_attn.runtime import dispatch
-from pallas_attn.runtime.dispatch import Backend, Op
+from pallas_attn.runtime.dispatch import Backend, Elsewhere, Op
 
 
 def problem():
@@ -25,7 +25,7 @@ def problem():
 @pytest.fixture
 def fake():
     """An op with a fast backend that refuses odd problems and a slow one that takes all but 7."""
-    fast = types.SimpleNamespace(supports=lambda p: "it is odd" if p % 2 else None)
+    fast = types.SimpleNamespace(supports=lambda p: Elsewhere("it is 9") if p == 9 else "it is odd" if p % 2 else None)
     slow = types.SimpleNamespace(supports=lambda p: "it is seven" if p == 7 else None)
     sys.modules |= {"fake_fast": fast, "fake_slow": slow}
     backends = (Backend("fast", "fake_fast"), Backend("slow", "fake_slow", cost="ten times slower"))
@@ -47,6 +47,10 @@ def test_falling_back_says_so_once(fake):
 def test_strict_refuses_to_fall_back(fake):
     with pytest.raises(pa.Unsupported, match=r"it is odd; pa\.strict\(\) forbids that"):
         dispatch.choose(fake, 3, "cpu", strict=True)
+
+
+def test_what_a_backend_was_not_made_for_is_no_fallback(fake):
+    assert dispatch.choose(fake, 9, "cpu", strict=True).name == "slow"  # a warning would be an error
 
 
 def test_nobody_left_names_every_reason(fake):

@@ -387,13 +387,13 @@ def test_gradients(rng):
         seen = (n >= starts[:, None]) & (n < ends[:, None])
         return jnp.sum(jnp.where(seen, scale * jnp.einsum("th,thn->tn", w, product), 0) * aim)
 
-    want = jax.grad(plain, argnums=(0, 1, 2, 3))(q, k, w, 0.5)
+    want = jax.jit(jax.grad(plain, argnums=(0, 1, 2, 3)))(q, k, w, 0.5)
     got = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, k, w, 0.5)
     for mine, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-4, rtol=1e-4)
     cache, batch, stored, w, _ = step(rng, poisoned(11, 16), [20, 33, 9], [2, 2, 1])
     paged = lambda q, w: jnp.sum(jnp.maximum(pa.paged_indexer_logits(q, w, cache, batch), -1e3))  # noqa: E731
-    grads = jax.grad(paged, argnums=(0, 1))(dequantize(stored), w)
+    grads = jax.jit(jax.grad(paged, argnums=(0, 1)))(dequantize(stored), w)
     assert all(bool(jnp.isfinite(g).all() & (jnp.abs(g).sum() > 0)) for g in grads)
 
 
@@ -406,8 +406,8 @@ def test_training_against_the_stored_bits(rng):
     def logits(q, k):
         return pa.indexer_logits(pa.fake_quantize(q, pa.INDEX_Q), pa.fake_quantize(k, pa.INDEX_K), w, starts, ends)
 
-    np.testing.assert_allclose(logits(q, k), stored, rtol=1e-5, atol=1e-4)
-    grads = jax.grad(lambda *x: jnp.sum(logits(*x)), argnums=(0, 1))(q, k)
+    np.testing.assert_allclose(jax.jit(logits)(q, k), stored, rtol=1e-5, atol=1e-4)
+    grads = jax.jit(jax.grad(lambda *x: jnp.sum(logits(*x)), argnums=(0, 1)))(q, k)
     assert all(float(jnp.abs(g).max()) > 0 for g in grads)
 
 
@@ -568,7 +568,7 @@ def test_merge_of_parts_is_the_whole(ranks, interleave, k, ordered):
         ends = split.local_len(jnp.asarray(lengths), jax.lax.axis_index("cp"))
         return pa.split_topk(logits, k, split, "cp", ends=ends, sorted=ordered)
 
-    got = jax.vmap(one, axis_name="cp")(jnp.asarray(local))
+    got = jax.jit(jax.vmap(one, axis_name="cp"))(jnp.asarray(local))
     want = defined_topk(rows, k, 0, lengths, ordered)
     for of_rank in np.asarray(got):
         np.testing.assert_array_equal(of_rank, want)

@@ -254,8 +254,10 @@ def test_bits_of_the_float32_result_quantised(name, up, backend, rng):
         np.testing.assert_array_equal(*(np.asarray(x)[6:10] if x.ndim else np.asarray(x) for x in rows), strict=True)
 
 
-@pytest.mark.parametrize("topk", [False, True], ids=["", "topk"])
-@pytest.mark.parametrize("up", [False, True], ids=["latent", "up-projected"])
+@pytest.mark.parametrize(
+    ("up", "topk"), [(False, False), (True, True), pytest.param(True, False, marks=pytest.mark.slow)],
+    ids=["latent", "up-projected-topk", "up-projected"],
+)  # fmt: skip
 def test_fusion(up, topk, rng):
     """`fuse` finds the quantisation of what a model computes from the latents, in float32 the same but for ties."""
     problem = make(rng, "FP8_DS_MLA", q_lens=(1, 3), kv_lens=(9, 33))
@@ -521,7 +523,9 @@ def non_absorbed(q_nope, q_rope, cache, batch, w_uk, w_uv, scale, chunk, backend
     return pa.merge_attention(*zip(*parts, part(batch.kv_lens, context, tokens, True), strict=True))
 
 
-@pytest.mark.parametrize(("chunk", "backend"), [(16, "xla"), (20, "reference")], indirect=["backend"])
+@pytest.mark.parametrize(
+    ("chunk", "backend"), [(16, "xla"), pytest.param(20, "reference", marks=pytest.mark.slow)], indirect=["backend"]
+)
 def test_non_absorbed_prefill_in_chunks(chunk, backend, rng):
     """The same result as the absorbed form, whose queries have the key up-projection in them: (q W) . c = q . (W c)."""
     q_lens, kv_lens = np.array([5, 3, 1, 4]), np.array([50, 20, 1, 9])
@@ -621,4 +625,4 @@ def test_scale_has_no_default():
 
 def test_explain():
     answer = pa.explain(pa.mla_attention, Q, R, CACHE, BATCH, scale=SCALE, topk=LIST)
-    assert answer == {"mosaic": "not on cpu", "xla": "chosen", "reference": "supported"}
+    assert answer == {"mosaic": "not on cpu", "triton": "not on cpu", "xla": "chosen", "reference": "supported"}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cover import pairwise
+from cover import pairwise, some_slow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
@@ -125,9 +125,9 @@ def interpreted(q, cache, batch, **options):
 
 
 INTERPRETED = [
-    ("E4M3_TENSOR", "NHD", 16, 128, (8, 2), "bf16", "sinks", 1),
+    ("E4M3_TENSOR", "NHD", 16, 128, (4, 2), "bf16", "sinks", 1),
     ("E5M2_TOKEN_HEAD", "HND", 128, 64, (4, 1), "E4M3_TOKEN_HEAD", "window", 1),
-    ("E4M3_SEQ_HEAD", "INTERLEAVED", 32, 128, (6, 2), "f32", "soft cap", 3),
+    ("E4M3_SEQ_HEAD", "INTERLEAVED", 32, 64, (6, 2), "f32", "soft cap", 3),
     ("INT8_TOKEN_HEAD", "PACKED", 64, 64, (4, 2), "f16", "plain", 1),
     ("BF16", "NHD", 64, 64, (16, 1), "bf16", "all", 4),
 ]
@@ -138,7 +138,7 @@ def test_interpreted(cell, rng, monkeypatch):
     monkeypatch.setattr(mosaic_decode, "INTERPRET", plgpu.InterpretGPUParams())
     monkeypatch.setattr(mosaic_decode, "SMS", 2)
     n = cell[-1]
-    check(rng, interpreted, *cell, scheduled=cell[1] == "HND", kv_lens=(n, 64, 0, 130), q_lens=(n, 1, n, 1))
+    check(rng, interpreted, *cell, scheduled=cell[1] == "HND", kv_lens=(n, 64, 0, 66), q_lens=(n, 1, n, 1))
 
 
 def lower(*cell, config=None):
@@ -167,7 +167,7 @@ LOWERED = [
 ]
 
 
-@pytest.mark.parametrize("cell", LOWERED, ids=lambda c: "-".join(map(str, c)))
+@pytest.mark.parametrize("cell", some_slow(LOWERED, 2, 3, 5), ids=lambda c: "-".join(map(str, c)))
 def test_lowers(cell):
     text = lower(*cell)
     assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 2  # the kernel and the combine

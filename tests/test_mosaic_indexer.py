@@ -140,7 +140,7 @@ def test_paged_interpreted(cell, config, keywords, rng, monkeypatch):
     agrees(mosaic_paged_logits.run(p, *args, config=config)[0], paged_reference.run(p, *args)[0])
 
 
-@pytest.mark.parametrize("cell", CELLS_PAGED[::12], ids=name)
+@pytest.mark.parametrize("cell", CELLS_PAGED[::24], ids=name)
 def test_paged_lowers_to_one_launch(cell):
     is_one_launch(lower(mosaic_paged_logits, *abstract_paged(*cell)))
 
@@ -217,7 +217,7 @@ def test_prefill_interpreted(cell, config, rng, monkeypatch):
     agrees(mosaic_logits.run(p, *args, config=mosaic_logits.Config(*config))[0], logits_reference.run(p, *args)[0])
 
 
-@pytest.mark.parametrize("cell", CELLS_PREFILL[::5], ids=name)
+@pytest.mark.parametrize("cell", CELLS_PREFILL[::10], ids=name)
 def test_prefill_lowers_to_one_launch(cell):
     is_one_launch(lower(mosaic_logits, *abstract_prefill(*cell)))
 

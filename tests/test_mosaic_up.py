@@ -29,12 +29,6 @@ OUTPUTS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def untried(monkeypatch):
-    """The kernel as it will be when it has passed these tests."""
-    monkeypatch.setattr(mosaic, "UNTRIED", True)
-
-
 def output_of(name, group):
     """The argument `out`."""
     out = OUTPUTS[name]

@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cover import pairwise
+from cover import pairwise, some_slow
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_attn as pa
+from pallas_attn.core.arch import Arch
 from pallas_attn.core.formats import GROUP_FORMATS
 from pallas_attn.ops.quantize_output import mosaic, reference
 from pallas_attn.ops.quantize_output.problem import prepare
+from pallas_attn.runtime import dispatch
 
 S = jax.ShapeDtypeStruct
 DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
@@ -50,14 +52,14 @@ INTERPRETED = [
 
 
 @pytest.mark.parametrize(
-    ("cell", "busy"), [*((c, 0) for c in INTERPRETED), (INTERPRETED[2], mosaic.BUSY)],
-    ids=lambda c: "-".join(map(str, c)) if isinstance(c, tuple) else str(c),
+    "case", some_slow([*((c, 0) for c in INTERPRETED), (INTERPRETED[2], mosaic.BUSY)], 3, 5),
+    ids=lambda c: "-".join(map(str, (*c[0], c[1]))),
 )  # fmt: skip
-def test_interpreted(cell, busy, rng, monkeypatch):
+def test_interpreted(case, rng, monkeypatch):
     """With several tiles to a CTA as for large problems, and one."""
+    (name, shape, dtype), busy = case
     monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
     monkeypatch.setattr(mosaic, "BUSY", busy)
-    name, shape, dtype = cell
     p, args = prepare(interesting(rng, shape, DTYPES[dtype]), FORMATS[name])
     same_bytes(mosaic.run(p, *args), reference.run(p, *args))
 
@@ -81,7 +83,7 @@ def lower(name, shape, dtype):
     return step.trace(S(shape, DTYPES[dtype])).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("cell", CELLS[::8], ids=lambda c: "-".join(map(str, c)))
+@pytest.mark.parametrize("cell", CELLS[::16], ids=lambda c: "-".join(map(str, c)))
 def test_lowers_to_one_launch(cell):
     assert lower(*cell).count("stablehlo.custom_call @mosaic_gpu_v2") == 1
 
@@ -111,8 +113,32 @@ def test_refuses(name):
     assert mosaic.supports(prepare(S(shape, jnp.bfloat16), format, scale)[0]) == reason
 
 
-def test_it_is_no_backend_before_it_has_run():
-    assert set(pa.explain(pa.quantize, jnp.ones((32, 128)), pa.e4m3_group(128))) == {"xla", "reference"}
+def chosen(x, format, scale=None):
+    return dispatch.choose(dispatch.OPS["quantize"], prepare(x, format, scale)[0], "cuda").name
+
+
+def test_what_a_gpu_runs(monkeypatch):
+    """Formats without groups and known scales are XLA's, without a word; few rows are its too, with one."""
+    monkeypatch.setattr(dispatch, "present_arch", lambda: Arch.HOPPER)
+    x = S((32, 128), jnp.bfloat16)
+    assert chosen(x, pa.e4m3_group(128)) == "mosaic"
+    assert [chosen(x, pa.E4M3_STATIC), chosen(x, pa.INDEX_Q), chosen(x, pa.E4M3_TENSOR, S((), jnp.float32))] == [
+        "xla"
+    ] * 3
+    with pytest.warns(pa.FallbackWarning, match="quantize runs on 'xla' .* since mosaic: fewer than 8 rows: 4"):
+        assert chosen(S((4, 128), jnp.bfloat16), pa.e4m3_group(128)) == "xla"
+    monkeypatch.setattr(dispatch, "present_arch", lambda: Arch.AMPERE)
+    assert chosen(x, pa.E4M3_STATIC) == "xla"
+    with pytest.warns(pa.FallbackWarning, match="since mosaic: only on HOPPER"):
+        assert chosen(x, pa.e4m3_group(128)) == "xla"
+
+
+def test_the_op_lowers_to_the_kernel():
+    """Mapped, and between other steps of a program too."""
+    quantise = lambda x: pa.quantize(x, pa.e4m3_group(128))  # noqa: E731
+    for step, shape in ((quantise, (32, 256)), (jax.vmap(quantise), (2, 16, 256))):
+        text = jax.jit(step).trace(S(shape, jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 1
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """The Triton kernels of MLA: what they refuse, what they compute (interpreted on a CPU, or on a GPU), and that they
 compile ahead of time for every generation."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -17,7 +18,6 @@ from test_triton import SHARED, compiler, generation, interpreted, interpreter, 
 import pallas_attn as pa
 from pallas_attn.core.arch import Arch
 from pallas_attn.core.quantized import quantize
-from pallas_attn.ops.mla import TRITON
 from pallas_attn.ops.mla import triton as mla
 from pallas_attn.ops.mla.problem import outputs, prepare
 from pallas_attn.runtime import dispatch
@@ -94,7 +94,30 @@ def asked(latent=512, seqs=3, q_format=None, tokens=5, heads=16, dtype=jnp.bfloa
 
 @pytest.mark.parametrize(("change", "reason"), list(REFUSED.values()), ids=list(REFUSED))
 def test_refuses(change, reason):
-    assert dispatch.supports(TRITON, asked(**change)) == reason
+    assert mla.supports(asked(**change)) == reason
+
+
+DECODE, PREFILL, LISTED_BF16 = {}, {"tokens": None}, {"topk": S((8, 64), jnp.int32)}
+
+
+@pytest.mark.parametrize(("change", "arch", "backend", "reason"), [
+    (DECODE, Arch.HOPPER, "mosaic", None),
+    (DECODE | {"w_uv": S((128, 512, 128), jnp.bfloat16)}, Arch.HOPPER, "mosaic", None),
+    (PREFILL, Arch.HOPPER, "triton", "mosaic: it needs batch.max_q_len <= 8 or a list of keys"),
+    (LISTED_BF16, Arch.HOPPER, "triton", "mosaic: no listed keys of a BF16 cache"),
+    ({"format": "F32", "heads": 64}, Arch.HOPPER, "xla", "triton: no BF16 query on a F32 cache"),
+    (DECODE, Arch.AMPERE, "triton", "mosaic: only on HOPPER"),
+], ids=["decode", "projected", "prefill", "listed", "f32", "ampere"])  # fmt: skip
+def test_what_a_gpu_runs(change, arch, backend, reason, monkeypatch):
+    """Mosaic, then what it refuses; the packages are taken for granted."""
+    monkeypatch.setattr(dispatch, "present_arch", lambda: arch)
+    monkeypatch.setattr(dispatch, "missing", lambda needs: None)
+    dispatch._warn_once.cache_clear()
+    arguments, options = abstract(**change)
+    p = prepare(*arguments, **options)[0]
+    told = contextlib.nullcontext() if reason is None else pytest.warns(pa.FallbackWarning, match=reason)
+    with told:
+        assert dispatch.choose(dispatch.OPS["mla_attention"], p, "cuda").name == backend
 
 
 def test_keys_are_shared_where_programs_are_few():

@@ -21,12 +21,16 @@ class FallbackWarning(UserWarning):
     """A slower backend runs because every faster one refused."""
 
 
+class Elsewhere(str):
+    """A reason for refusing what a backend was not made for: the next one does it as well, and is no fallback."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """One implementation of an op: a module, imported at first use, with `supports(problem)` and `run(problem, *args)`.
 
-    `supports` is pure and needs no device; it returns None or the reason for refusing. `cost` is what a user loses
-    when the op falls back to this backend.
+    `supports` is pure and needs no device; it returns None or the reason for refusing, an `Elsewhere` where nothing is
+    lost by it. `cost` is what a user loses when the op falls back to this backend.
     """
 
     name: str
@@ -165,7 +169,10 @@ def choose(op: Op, problem: Any, platform: str, strict: bool = False) -> Backend
     for backend in op.backends:
         if platform not in backend.platforms:
             continue
-        reason = here(backend, platform) or supports(backend, problem)
+        reason = supports(backend, problem)
+        if isinstance(reason, Elsewhere):
+            continue
+        reason = here(backend, platform) or reason
         if reason is None:
             if refused:
                 _fall_back(op.name, backend, tuple(refused), strict)

@@ -151,6 +151,21 @@ def differentiable(x) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
 
 
+def widened(args) -> tuple[list[int], tuple[jax.Array, ...], Callable]:
+    """(which leaves of the arguments can carry a gradient, those in float32, the arguments again of such values): for
+    sums over blocks, which are kept in float32 whatever the type of the argument."""
+    leaves, tree = jax.tree.flatten(args)
+    wide = [i for i, x in enumerate(leaves) if differentiable(x)]
+
+    def rebuild(values):
+        full = list(leaves)
+        for i, x in zip(wide, values, strict=True):
+            full[i] = x.astype(leaves[i].dtype)
+        return jax.tree.unflatten(tree, full)
+
+    return wide, tuple(leaves[i].astype(jnp.float32) for i in wide), rebuild
+
+
 def pull_back(run: Callable, args, cotangents: tuple) -> list[jax.Array | None]:
     """Cotangents of the flattened arguments: back through `run(*args)`, a portable backend's, to every leaf that can
     carry a gradient. Results that are integers have no cotangent."""

@@ -134,6 +134,20 @@ def strides(x) -> tuple[int, ...]:
     return tuple(int(np.prod(x.shape[i + 1 :])) for i in range(len(x.shape)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernels of an attention are cut to a problem.
+
+    rows: of a program, query tokens times the heads that share its keys. keys: of a tile. splits: shares of the keys.
+    """
+
+    rows: int
+    keys: int
+    splits: int
+    warps: int
+    stages: int
+
+
 def power_of_two(n: int) -> int:
     """The next power of two: the sizes that Triton's blocks have."""
     return 1 << max(n - 1, 0).bit_length()

@@ -16,10 +16,9 @@ from pallas_attn.runtime.triton import ARCHS as TRITON_ARCHS
 from pallas_attn.runtime.triton import NEEDS
 
 _HERE = "pallas_attn.ops.mla"
-# Of no dispatch yet: it has not run on a GPU.
-TRITON = Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="slower than Mosaic")
 BACKENDS = (
     Backend("mosaic", f"{_HERE}.mosaic", ("cuda",), (Arch.HOPPER,)),
+    Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="slower than Mosaic"),
     Backend("xla", f"{_HERE}.xla", cost="no tensor cores for FP8, several kernels a block"),
     Backend("reference", f"{_HERE}.reference", cost="memory tokens x slots of the cache"),
 )

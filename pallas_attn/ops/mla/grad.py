@@ -8,25 +8,15 @@ from jaxtyping import Array
 from pallas_attn.ops.mla import xla
 from pallas_attn.ops.mla.problem import Args, Problem
 from pallas_attn.ops.mla.terms import dot, project, queries, tokens
-from pallas_attn.runtime.op import differentiable
+from pallas_attn.runtime.op import widened
 
 
 def vjp(p: Problem, args: Args, cotangents: tuple) -> list[Array | None]:
     """Cotangents of the flattened arguments; None for those that have none."""
-    leaves, tree = jax.tree.flatten(args)
-    grads: list[Array | None] = [None] * len(leaves)
+    grads: list[Array | None] = [None] * len(jax.tree.leaves(args))
     if p.out_format is not None or p.empty:
         return grads  # a quantised output carries no gradient
-    wide = [i for i, x in enumerate(leaves) if differentiable(x)]
-
-    def rebuild(values) -> Args:
-        full = list(leaves)
-        for i, x in zip(wide, values, strict=True):
-            full[i] = x.astype(leaves[i].dtype)
-        return Args(*jax.tree.unflatten(tree, full))
-
-    # Sums over blocks are kept in float32 whatever the type of the argument.
-    values = tuple(leaves[i].astype(jnp.float32) for i in wide)
+    wide, values, rebuild = widened(args)
     latents, lse = xla.forward(p, rebuild(values))
     _, pull = jax.vjp(lambda latents, values: project(latents, rebuild(values).w_uv), latents, values)
     d_latents, by_projection = pull(cotangents[0].astype(jnp.float32))

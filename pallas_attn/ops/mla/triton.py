@@ -9,7 +9,6 @@ A result in floats, or in FP8 through a static scale, is rounded in the kernel; 
 groups leaves it in f32, for XLA to finish.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from pallas_attn.ops.mla.problem import Args, Problem
 from pallas_attn.ops.mla.terms import finish, tokens
 from pallas_attn.runtime.triton import (
     KINDS,
+    Config,
     Shape,
     kind,
     merge,
@@ -41,20 +41,6 @@ MOST = 512, 128  # dims of the latent and of the rotary part
 ROWS, KEYS = 32, 32  # of a program at most, of a tile
 SMS = 132  # of the largest of these GPUs
 MOST_SPLITS = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the kernel is cut to a problem.
-
-    rows: of a program, query tokens times heads. keys: of a tile. splits: shares of the keys.
-    """
-
-    rows: int
-    keys: int
-    splits: int
-    warps: int
-    stages: int
 
 
 def supports(p: Problem) -> str | None:

@@ -12,25 +12,16 @@ from jaxtyping import Array
 from pallas_attn.ops.paged_attention import xla
 from pallas_attn.ops.paged_attention.problem import Args, Problem
 from pallas_attn.ops.paged_attention.terms import dot, scores, visible
-from pallas_attn.runtime.op import differentiable
+from pallas_attn.runtime.op import widened
 
 
 def vjp(p: Problem, args: Args, cotangents: tuple) -> list[Array | None]:
     """Cotangents of the flattened arguments; None for those that have none."""
-    leaves, tree = jax.tree.flatten(args)
-    grads: list[Array | None] = [None] * len(leaves)
+    grads: list[Array | None] = [None] * len(jax.tree.leaves(args))
     if p.out_format is not None or not p.tokens or not p.seqs:
         return grads  # an FP8 output carries no gradient
-    wide = [i for i, x in enumerate(leaves) if differentiable(x)]
-
-    def rebuild(values) -> Args:
-        full = list(leaves)
-        for i, x in zip(wide, values, strict=True):
-            full[i] = x.astype(leaves[i].dtype)
-        return Args(*jax.tree.unflatten(tree, full))
-
-    # Sums over blocks are kept in float32 whatever the type of the argument.
-    found, d_sinks = _stream(p, rebuild, tuple(leaves[i].astype(jnp.float32) for i in wide), cotangents)
+    wide, values, rebuild = widened(args)
+    found, d_sinks = _stream(p, rebuild, values, cotangents)
     for i, g in zip(wide, found, strict=True):
         grads[i] = g
     if args.sinks is not None:

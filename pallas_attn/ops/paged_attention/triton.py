@@ -15,7 +15,6 @@ are the matrix unit's, in a type that holds both sides:
 A scale per token multiplies logits and weights; P and V are bf16 then, for f16 might not hold the product.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -25,7 +24,18 @@ from jax import lax
 from pallas_attn.core.arch import Arch
 from pallas_attn.core.quantized import Quantized
 from pallas_attn.ops.paged_attention.problem import Args, Problem
-from pallas_attn.runtime.triton import KINDS, Shape, arch, kind, merge, power_of_two, rounding, stored, triton_op
+from pallas_attn.runtime.triton import (
+    KINDS,
+    Config,
+    Shape,
+    arch,
+    kind,
+    merge,
+    power_of_two,
+    rounding,
+    stored,
+    triton_op,
+)
 
 _KERNELS = "pallas_attn.ops.paged_attention.triton_kernels"
 GRANULARITIES = {"none": 0, "tensor": 1, "head": 2, "seq_head": 3, "token_head": 4}
@@ -33,20 +43,6 @@ Q_GRANULARITIES = {"none": 0, "tensor": 1, "head": 2, "token_head": 3}
 SMS = 132  # of the largest of these GPUs
 ENOUGH = 256  # small programs: nearly two for each SM
 MOST_SPLITS = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the kernel is cut to a problem.
-
-    rows: of a block, query tokens times the heads of a kv head. keys: of a tile. splits: shares of a context.
-    """
-
-    rows: int
-    keys: int
-    splits: int
-    warps: int
-    stages: int
 
 
 def supports(p: Problem) -> str | None:

@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float
 
+from pallas_attn.core.arch import Arch
 from pallas_attn.core.formats import Format
 from pallas_attn.core.quantized import Quantized, put_together
 from pallas_attn.ops.quantize_output.cases import support_cases
@@ -18,6 +19,7 @@ OP = register(
         prepare,
         outputs,
         (
+            Backend("mosaic", f"{_HERE}.mosaic", ("cuda",), (Arch.HOPPER,)),
             Backend("xla", f"{_HERE}.xla", cost="two passes over the input"),
             Backend("reference", f"{_HERE}.reference", cost="memory"),
         ),

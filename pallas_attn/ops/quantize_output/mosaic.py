@@ -6,8 +6,6 @@ below the other, or for packed exponents the four groups of a word, and takes th
 CTAs, so that all SMs have some. Sixteen lanes hold a row
 and load 16 bytes each, so that a scale is found inside a warp. Values and scales leave by TMA. The last tile begins
 early enough to be whole: what two tiles share is written alike by both.
-
-It has not run on a GPU yet, and is not among the op's backends.
 """
 
 import math
@@ -23,6 +21,7 @@ from pallas_attn.core.formats import E4M3, GROUPS
 from pallas_attn.core.group_scales import MANTISSA
 from pallas_attn.core.quantized import quantized_arrays, scale_of, to_codes
 from pallas_attn.ops.quantize_output.problem import Args, Problem
+from pallas_attn.runtime.dispatch import Elsewhere
 from pallas_attn.runtime.mosaic import SMS, divide, row_layout
 
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernel on a CPU
@@ -73,10 +72,11 @@ def supports(p: Problem) -> str | None:
     format = p.format
     groups = format.granularity == "group" and format.group in GROUPS and format.dtype == E4M3
     if not groups or (format.find_scale, format.apply_scale) != ("divide", "reciprocal"):
-        return f"no {format}"
+        return Elsewhere(f"no {format}")
+    if p.given:
+        return Elsewhere("no known scales")
     cut, matrix = cut_of(p), len(p.shape) == 2 or format.order == "row"
     refusals = {
-        "no known scales": p.given,
         f"no {p.dtype}": p.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32),
         f"no {format} for more than two axes": not matrix,
         f"fewer than 8 rows: {cut.rows}": cut.rows < 8,
