@@ -55,13 +55,28 @@ def concrete(rng, tokens, heads, half, dtype, interleaved, hadamard, format, wil
     return prepare(jnp.asarray(x, jnp.dtype(dtype)), cos, sin, **keywords)
 
 
-def same_bits(got, want):
-    """NaN has more codes than one."""
-    for g, w in zip(got, want, strict=True):
+def numbers(p, args):
+    """What is quantised: queries after RoPE and the Hadamard matrix, as float32."""
+    y = jax.jit(turns.rotate, static_argnums=3)(*args, p.interleaved)
+    return np.asarray(jax.jit(turns.hadamard)(y) if p.hadamard else y).astype(np.float32)
+
+
+def closed(got, want, y=None):
+    """(got, want) of values, then of scales, as float32, without what no backend has to agree on: in a row of y with a
+    NaN the scale is whatever the compiler's maximum makes of it, and only the NaN's own codes are known."""
+    nan = np.zeros(want[0].shape, bool) if y is None else np.isnan(y)
+    row = np.any(nan, axis=-1, keepdims=True)
+    for g, w, free in zip(got, want, (row & ~nan, row), strict=True):
         assert (g.shape, g.dtype) == (w.shape, w.dtype)
-        signs = np.signbit(g) == np.signbit(w)
-        g, w = (np.asarray(x).astype(np.float32) for x in (g, w))
-        assert np.all(np.isnan(g) & np.isnan(w) | (g == w) & signs)
+        yield tuple(np.where(free, 0, np.asarray(x).astype(np.float32)) for x in (g, w))
+
+
+def same_bits(got, want, y=None):
+    """NaN has more codes than one."""
+    for g, w in closed(got, want, y):
+        np.testing.assert_array_equal(g, w)
+        real = ~np.isnan(w)
+        np.testing.assert_array_equal(np.signbit(g[real]), np.signbit(w[real]), "signs")
 
 
 def stepwise(p, args):
@@ -161,7 +176,7 @@ INTERPRETED = [
 def test_interpreted(cell, rng, monkeypatch):
     monkeypatch.setattr(mosaic_rope, "INTERPRET", plgpu.InterpretGPUParams())
     p, args = concrete(rng, *cell)
-    same_bits(mosaic_rope.run(p, *args), jax.jit(lambda *a: reference.run(p, *a))(*args))
+    same_bits(mosaic_rope.run(p, *args), jax.jit(lambda *a: reference.run(p, *a))(*args), numbers(p, args))
 
 
 def lower(cell):
@@ -208,15 +223,35 @@ def test_it_is_no_backend_before_it_has_run():
     assert set(pa.explain(pa.rope_quantize, X, TURN, TURN)) == {"xla", "reference"}
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("cell", CELLS, ids=name)
-def test_on_gpu(cell, rng):
+def wanted(rng, cell):
+    """(problem, arguments on the GPU, what the definition gives on the CPU, the numbers that are quantised)."""
     with jax.default_device(jax.devices("cpu")[0]):
         p, args = concrete(rng, *cell)
         want = [np.asarray(w) for w in jax.jit(lambda *a: reference.run(p, *a))(*args)]
-    there = jax.device_put(args, jax.devices()[0])
-    same_bits(jax.jit(lambda *a: mosaic_rope.run(p, *a))(*there), want)
-    same_bits(jax.jit(lambda *a: xla.run(p, *a))(*there), want)
+        y = numbers(p, args)
+    return p, jax.device_put(args, jax.devices()[0]), want, y
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_on_gpu(cell, rng):
+    p, args, want, y = wanted(rng, cell)
+    same_bits(jax.jit(lambda *a: mosaic_rope.run(p, *a))(*args), want, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_xla_on_gpu(cell, rng):
+    """XLA's division is approximate there: exact for powers of two, else two units of a scale's last place off, which
+    now and then is the next code."""
+    p, args, want, y = wanted(rng, cell)
+    got = jax.jit(lambda *a: xla.run(p, *a))(*args)
+    if p.format.ue8m0:
+        return same_bits(got, want, y)
+    (g, w), (g_scale, w_scale) = closed(got, want, y)
+    np.testing.assert_allclose(g_scale, w_scale, rtol=2**-21)
+    np.testing.assert_allclose(g, w, rtol=2**-3, atol=2**-9)
+    assert np.mean((g == w) | np.isnan(w)) > 0.99
 
 
 @pytest.mark.gpu
@@ -246,8 +281,8 @@ def keys_to_write(rng, tokens, page_size, dtype, format, slot_dtype):
     """Slots in any order, some of them outside the cache, in pages of bytes that nobody wrote; wild keys among them."""
     pages = -(-tokens // page_size) + 2
     slots = rng.permutation(pages * page_size)[:tokens].astype(np.int64)
-    slots[tokens // 3 : tokens // 2] = -1 if slot_dtype is jnp.int32 else 2**32 - 5
     slots[::6] += pages * page_size * (tokens > 1)
+    slots[tokens // 3 : tokens // 2] = -1 if slot_dtype is jnp.int32 else 2**32 - 5
     k = rng.standard_normal((tokens, D)) * np.exp(rng.uniform(-20, 9, (tokens, 1)))
     k[0, 3] = np.inf
     cache = pa.IndexCache.allocate(pages, page_size, format=getattr(pa, format), layout=pa.INDEX_NORMAL)

@@ -32,7 +32,8 @@ def rope_quantize(
         y_i = x_i cos_i - x_j sin_i,   y_j = x_j cos_i + x_i sin_i      (i, j) the i-th pair of the first R dims
 
     The same bits as rotation (in float32, products and sums rounded one by one, the result to the type of x), the
-    Hadamard matrix (likewise) and `pa.quantize` one after the other.
+    Hadamard matrix (likewise) and `pa.quantize` one after the other. Scales that are no powers of two depend on the
+    division, which XLA approximates on a GPU; the scale of a row with a NaN depends on the backend's maximum.
 
     Args:
       x: `[T, H, D]` floats, D a multiple of the format's group.
