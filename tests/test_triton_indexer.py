@@ -2,6 +2,7 @@
 a CPU, or on a GPU), and that they compile ahead of time for every generation."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ from pallas_attn.runtime import triton as bridge
 S = jax.ShapeDtypeStruct
 name = lambda cell: "-".join(map(str, cell))  # noqa: E731
 LAYOUTS = {"normal": pa.INDEX_NORMAL, "shuffle": pa.INDEX_SHUFFLE}
+KINDS = ("group", "head", "bf16", "f32")  # of queries
 FLOATS = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 
 
@@ -164,6 +166,20 @@ def test_refuses():
     assert dispatch.supports(LOGITS, integers) == "no integers"
 
 
+OF_PAGES = 64, "normal", "INDEX_K", "position", None, 3, "f32"
+
+
+@pytest.mark.parametrize(("arch", "most"), [(Arch.AMPERE, 128), (Arch.ADA, 64), (Arch.HOPPER, 128)], ids=str)
+def test_refuses_queries_that_no_shared_memory_holds(arch, most, generation):  # noqa: F811
+    generation(arch)
+    refuses = lambda heads, **change: dispatch.supports(LOGITS, asked(heads=heads, **change))  # noqa: E731
+    assert refuses(most, dtype=jnp.float32) is None
+    said = str(refuses(2 * most, dtype=jnp.float32))
+    assert said.startswith(f"no {2 * most} float32 heads of 128: a program has ")
+    assert dispatch.supports(PAGED, paged_shapes(1, most, *OF_PAGES)[0]) is None
+    assert dispatch.supports(PAGED, paged_shapes(1, 2 * most, *OF_PAGES)[0]) == said
+
+
 def test_paged_refuses():
     cache = pa.IndexCache(S((4, 16, 264), jnp.uint8), pa.INDEX_NORMAL)
     batch = pa.RaggedBatch(S((2, 2), jnp.int32), S((2,), jnp.int32), S((3,), jnp.int32))
@@ -228,6 +244,36 @@ def test_compiles_ahead_of_time(kernel, call, arch, generation):  # noqa: F811
     binary = bridge.compile_for(arch, *launch_of(kernel, *call))
     assert f".target {arch.sm}" in binary.asm["ptx"]
     assert binary.metadata.shared <= SHARED[arch] * 1024
+
+
+@compiler
+def test_writes_divide_exactly():
+    cell = "INDEX_K_F32", "normal", 64, 128, "bf16", 3
+    ptx = bridge.compile_for(Arch.HOPPER, *launch_of(write, *write_shapes(*cell))).asm["ptx"]
+    assert "div.rn.f32" in ptx
+    assert "div.full" not in ptx
+    assert "div.approx" not in ptx
+
+
+WIDEST = [
+    *((logits, prefill_shapes(5, 300, 128, None, *kinds)) for kinds in itertools.product(KINDS, ("index", "f16"))),
+    *((paged, paged_shapes(1, 128, *OF_PAGES[:-1], kind)) for kind in KINDS), (paged, paged_shapes(1, 64, *OF_PAGES)),
+    (logits, prefill_shapes(5, 300, 64, None, "f32", "index")),
+]  # fmt: skip
+
+
+@compiler
+@pytest.mark.parametrize("arch", bridge.ARCHS, ids=lambda a: a.sm)
+@pytest.mark.parametrize(("kernel", "call"), WIDEST)
+def test_the_widest_queries_fit_the_shared_memory(kernel, call, arch, generation):  # noqa: F811
+    """Those of the tests on a GPU, or they are refused."""
+    generation(arch)
+    reason = kernel.supports(call[0])
+    if reason is not None:
+        assert arch == Arch.ADA
+        assert "shared memory" in reason
+        return
+    assert bridge.compile_for(arch, *launch_of(kernel, *call)).metadata.shared <= SHARED[arch] * 1024
 
 
 # ---------------------------------------------------------------- results
@@ -310,10 +356,10 @@ def test_interpreted_topk(k, rng, interpreted):  # noqa: F811
 
 CELLS_PAGED = pairwise((
     (1, 2, 8), (5, 64, 128), (1, 16, 64), list(LAYOUTS), ("INDEX_K", "INDEX_K_F32", "INDEX_K_EXPONENT"),
-    ("position", "row lengths"), (None, 1000), (3, 150), ("group", "head", "bf16", "f32"),
+    ("position", "row lengths"), (None, 1000), (3, 150), KINDS,
 ), lambda c: c[2] >= 16 or c[3] == "normal", tries=8)  # fmt: skip
 CELLS_PREFILL = pairwise((
-    (1, 64, 300), (1, 100, 5001), (8, 64, 128), (None, 64, 2048), ("group", "head", "bf16", "f32"), ("index", "f16"),
+    (1, 64, 300), (1, 100, 5001), (8, 64, 128), (None, 64, 2048), KINDS, ("index", "f16"),
 ), lambda c: c[0] * c[1] * c[2] <= 1 << 26, tries=8)  # fmt: skip
 
 
