@@ -307,6 +307,18 @@ def test_write_interpreted(cell, rng, monkeypatch):
     same_pages(got, jax.jit(lambda *a: write_reference.run(p, *a)[0])(*args))
 
 
+def test_slots_of_any_width_that_are_none_write_nothing(monkeypatch):
+    monkeypatch.setattr(mosaic_write, "INTERPRET", plgpu.InterpretGPUParams())
+    cache, k = pa.IndexCache.allocate(2, 32, layout=pa.INDEX_NORMAL), jnp.ones((3, D))
+    for slots, dtype in (([-1, 2**32 + 5, 7], jnp.int64), ([-1, -128, 7], jnp.int8)):
+        with jax.enable_x64(True):
+            p, args = write_problem.prepare(cache, k, jnp.array(slots, dtype))
+            (got,) = mosaic_write.run(p, *args)
+        got = np.asarray(got).reshape(2, -1)
+        assert np.flatnonzero(got[1]).size == 0
+        np.testing.assert_array_equal(np.flatnonzero(got[0, : 32 * D]), np.arange(7 * D, 8 * D))
+
+
 @pytest.mark.parametrize("cell", CELLS_WRITE[::3], ids=WRITE_IDS[::3])
 def test_write_lowers_to_one_launch(cell, rng):
     p, args = keys_to_write(rng, *cell)
@@ -325,6 +337,7 @@ def test_write_refuses():
     assert refuses(page_size=16) == "no pages of 16, which is no multiple of 32"
     assert refuses(dim=256) == "no head dim 256"
     assert refuses(format=dataclasses.replace(pa.INDEX_K, group=64)) == "no group of 64"
+    assert refuses(format=pa.e4m3_group(128)) == "no E4M3_GROUP128"
     assert refuses(layout=pa.INDEX_SHUFFLE) == "no INDEX_SHUFFLE layout"
     assert refuses(tokens=0) == "an empty call"
 
