@@ -2,7 +2,6 @@
 a CPU, or on a GPU), and that they compile ahead of time for every generation."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -255,11 +254,14 @@ def test_writes_divide_exactly():
     assert "div.approx" not in ptx
 
 
+# No FP8 that becomes bf16: Triton keeps the conversion of the first generation that a process compiles one for, and
+# Hopper's is an instruction that Ada lacks.
+WIDE = ("group", "index"), ("group", "f16"), ("bf16", "f16"), ("f32", "index"), ("f32", "f16")
 WIDEST = [
-    *((logits, prefill_shapes(5, 300, 128, None, *kinds)) for kinds in itertools.product(KINDS, ("index", "f16"))),
-    *((paged, paged_shapes(1, 128, *OF_PAGES[:-1], kind)) for kind in KINDS), (paged, paged_shapes(1, 64, *OF_PAGES)),
+    *((logits, prefill_shapes(5, 300, 128, None, *kinds)) for kinds in WIDE),
     (logits, prefill_shapes(5, 300, 64, None, "f32", "index")),
-]  # fmt: skip
+    *((paged, paged_shapes(1, heads, *OF_PAGES[:-1], kind)) for heads in (64, 128) for kind in ("group", "f32")),
+]
 
 
 @compiler
