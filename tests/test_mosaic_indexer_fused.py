@@ -1,5 +1,5 @@
 """RoPE and quantisation of index queries in one step: the bits of one step after the other, on every backend. And by
-the Hopper kernel, and the one that writes keys, which no dispatch knows yet: they are called by themselves."""
+the Hopper kernel, and the one that writes keys, each called by itself."""
 
 import dataclasses
 import functools
@@ -219,8 +219,16 @@ def test_refuses():
     assert refuses((0, 8, D), S((0, 32), jnp.float32)) == "an empty call"
 
 
-def test_it_is_no_backend_before_it_has_run():
-    assert set(pa.explain(pa.rope_quantize, X, TURN, TURN)) == {"xla", "reference"}
+def lowered(function, *args):
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_ops_lower_to_the_kernels():
+    x, turn = S((3, 8, D), jnp.bfloat16), S((3, 32), jnp.float32)
+    cache = jax.eval_shape(lambda: pa.IndexCache.allocate(4, 64, layout=pa.INDEX_NORMAL))
+    k, slots = S((3, D), jnp.bfloat16), S((3,), jnp.int32)
+    for text in (lowered(pa.rope_quantize, x, turn, turn), lowered(pa.write_index, cache, k, slots)):
+        assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 1
 
 
 def wanted(rng, cell):

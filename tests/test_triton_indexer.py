@@ -14,22 +14,17 @@ from test_triton import SHARED, compiler, generation, interpreted, interpreter, 
 import pallas_attn as pa
 from pallas_attn.core.arch import Arch
 from pallas_attn.ops.sparse_indexer import triton as indexer
-from pallas_attn.ops.sparse_indexer.gather import TRITON as GATHER
 from pallas_attn.ops.sparse_indexer.gather import problem as gather_problem
 from pallas_attn.ops.sparse_indexer.gather import triton as gather
 from pallas_attn.ops.sparse_indexer.gather import xla as gather_xla
-from pallas_attn.ops.sparse_indexer.logits import TRITON as LOGITS
 from pallas_attn.ops.sparse_indexer.logits import problem as logits_problem
 from pallas_attn.ops.sparse_indexer.logits import reference as logits_reference
 from pallas_attn.ops.sparse_indexer.logits import triton as logits
-from pallas_attn.ops.sparse_indexer.paged_logits import TRITON as PAGED
 from pallas_attn.ops.sparse_indexer.paged_logits import problem as paged_problem
 from pallas_attn.ops.sparse_indexer.paged_logits import reference as paged_reference
 from pallas_attn.ops.sparse_indexer.paged_logits import triton as paged
-from pallas_attn.ops.sparse_indexer.topk import TRITON as TOPK
 from pallas_attn.ops.sparse_indexer.topk import problem as topk_problem
 from pallas_attn.ops.sparse_indexer.topk import triton as topk
-from pallas_attn.ops.sparse_indexer.write import TRITON as WRITE
 from pallas_attn.ops.sparse_indexer.write import problem as write_problem
 from pallas_attn.ops.sparse_indexer.write import triton as write
 from pallas_attn.ops.sparse_indexer.write import xla as write_xla
@@ -37,6 +32,10 @@ from pallas_attn.runtime import dispatch
 from pallas_attn.runtime import triton as bridge
 
 S = jax.ShapeDtypeStruct
+GATHER, LOGITS, PAGED, TOPK, WRITE = (
+    dispatch.OPS[op].backend("triton")
+    for op in ("gather_index", "indexer_logits", "paged_indexer_logits", "indexer_topk", "write_index")
+)
 name = lambda cell: "-".join(map(str, cell))  # noqa: E731
 LAYOUTS = {"normal": pa.INDEX_NORMAL, "shuffle": pa.INDEX_SHUFFLE}
 KINDS = ("group", "head", "bf16", "f32")  # of queries

@@ -3,8 +3,6 @@
 A CTA of one warpgroup takes 8 keys, rows of 128 numbers of which sixteen lanes hold one, so that a scale is found
 inside the warp. The values of a key leave by one copy for wherever its slot lies in the page's bytes, its scale byte
 by byte; a token without a slot leaves nothing.
-
-It has not run on a GPU yet, and is not among the op's backends.
 """
 
 import functools

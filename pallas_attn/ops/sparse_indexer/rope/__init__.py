@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float
 
+from pallas_attn.core.arch import Arch
 from pallas_attn.core.formats import INDEX_Q, Format
 from pallas_attn.core.quantized import Quantized, put_together
 from pallas_attn.ops.sparse_indexer.cases import rope_cases
@@ -11,6 +12,7 @@ from pallas_attn.runtime.op import apply
 
 _HERE = "pallas_attn.ops.sparse_indexer.rope"
 BACKENDS = (
+    Backend("mosaic", "pallas_attn.ops.sparse_indexer.mosaic_rope", ("cuda",), (Arch.HOPPER,)),
     Backend("xla", f"{_HERE}.xla", cost="rotated queries in memory"),
     Backend("reference", f"{_HERE}.reference", cost="a gather of every number's partner"),
 )
