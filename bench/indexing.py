@@ -2,8 +2,7 @@
 rotation and quantisation of queries (rope_*),
 and a decode step of all three parts (indexer_*).
 
-`--backend mosaic` calls the Hopper kernels by themselves, for dispatch does not know that of the queries yet, and
-`python -m bench.indexing 'pmqa_*'` times their variants.
+`--backend mosaic` calls the Hopper kernels by themselves; `python -m bench.indexing 'pmqa_*'` times their variants.
 """
 
 import dataclasses

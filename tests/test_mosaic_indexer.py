@@ -114,7 +114,7 @@ def concrete_paged(rng, next_n, heads, page_size, format, lens, max_len, seqs, s
     cache = pa.IndexCache.allocate(pages, page_size, format=getattr(pa, format), layout=pa.INDEX_NORMAL)
     cache = cache.replace(jnp.full_like(cache.pages, 0xFF))
     k = jnp.asarray(rng.standard_normal((slots.size, 128)), jnp.float32)
-    cache = pa.write_index(cache, k, jnp.asarray(slots, jnp.int32))
+    cache = pa.write_index(cache, k, jnp.asarray(slots, jnp.int32), backend="xla")
     tokens = int(q_lens.sum()) + lead + 2
     starts = jnp.asarray(lead + np.concatenate([[0], np.cumsum(q_lens)]), jnp.int32)
     batch = pa.RaggedBatch(jnp.asarray(table), jnp.asarray(kv_lens, jnp.int32), starts, max_q_len=next_n)

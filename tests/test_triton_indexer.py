@@ -14,22 +14,17 @@ from test_triton import SHARED, compiler, generation, interpreted, interpreter, 
 import pallas_attn as pa
 from pallas_attn.core.arch import Arch
 from pallas_attn.ops.sparse_indexer import triton as indexer
-from pallas_attn.ops.sparse_indexer.gather import TRITON as GATHER
 from pallas_attn.ops.sparse_indexer.gather import problem as gather_problem
 from pallas_attn.ops.sparse_indexer.gather import triton as gather
 from pallas_attn.ops.sparse_indexer.gather import xla as gather_xla
-from pallas_attn.ops.sparse_indexer.logits import TRITON as LOGITS
 from pallas_attn.ops.sparse_indexer.logits import problem as logits_problem
 from pallas_attn.ops.sparse_indexer.logits import reference as logits_reference
 from pallas_attn.ops.sparse_indexer.logits import triton as logits
-from pallas_attn.ops.sparse_indexer.paged_logits import TRITON as PAGED
 from pallas_attn.ops.sparse_indexer.paged_logits import problem as paged_problem
 from pallas_attn.ops.sparse_indexer.paged_logits import reference as paged_reference
 from pallas_attn.ops.sparse_indexer.paged_logits import triton as paged
-from pallas_attn.ops.sparse_indexer.topk import TRITON as TOPK
 from pallas_attn.ops.sparse_indexer.topk import problem as topk_problem
 from pallas_attn.ops.sparse_indexer.topk import triton as topk
-from pallas_attn.ops.sparse_indexer.write import TRITON as WRITE
 from pallas_attn.ops.sparse_indexer.write import problem as write_problem
 from pallas_attn.ops.sparse_indexer.write import triton as write
 from pallas_attn.ops.sparse_indexer.write import xla as write_xla
@@ -37,8 +32,13 @@ from pallas_attn.runtime import dispatch
 from pallas_attn.runtime import triton as bridge
 
 S = jax.ShapeDtypeStruct
+GATHER, LOGITS, PAGED, TOPK, WRITE = (
+    dispatch.OPS[op].backend("triton")
+    for op in ("gather_index", "indexer_logits", "paged_indexer_logits", "indexer_topk", "write_index")
+)
 name = lambda cell: "-".join(map(str, cell))  # noqa: E731
 LAYOUTS = {"normal": pa.INDEX_NORMAL, "shuffle": pa.INDEX_SHUFFLE}
+KINDS = ("group", "head", "bf16", "f32")  # of queries
 FLOATS = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 
 
@@ -164,6 +164,20 @@ def test_refuses():
     assert dispatch.supports(LOGITS, integers) == "no integers"
 
 
+OF_PAGES = 64, "normal", "INDEX_K", "position", None, 3, "f32"
+
+
+@pytest.mark.parametrize(("arch", "most"), [(Arch.AMPERE, 128), (Arch.ADA, 64), (Arch.HOPPER, 128)], ids=str)
+def test_refuses_queries_that_no_shared_memory_holds(arch, most, generation):  # noqa: F811
+    generation(arch)
+    refuses = lambda heads, **change: dispatch.supports(LOGITS, asked(heads=heads, **change))  # noqa: E731
+    assert refuses(most, dtype=jnp.float32) is None
+    said = str(refuses(2 * most, dtype=jnp.float32))
+    assert said.startswith(f"no {2 * most} float32 heads of 128: a program has ")
+    assert dispatch.supports(PAGED, paged_shapes(1, most, *OF_PAGES)[0]) is None
+    assert dispatch.supports(PAGED, paged_shapes(1, 2 * most, *OF_PAGES)[0]) == said
+
+
 def test_paged_refuses():
     cache = pa.IndexCache(S((4, 16, 264), jnp.uint8), pa.INDEX_NORMAL)
     batch = pa.RaggedBatch(S((2, 2), jnp.int32), S((2,), jnp.int32), S((3,), jnp.int32))
@@ -230,6 +244,39 @@ def test_compiles_ahead_of_time(kernel, call, arch, generation):  # noqa: F811
     assert binary.metadata.shared <= SHARED[arch] * 1024
 
 
+@compiler
+def test_writes_divide_exactly():
+    cell = "INDEX_K_F32", "normal", 64, 128, "bf16", 3
+    ptx = bridge.compile_for(Arch.HOPPER, *launch_of(write, *write_shapes(*cell))).asm["ptx"]
+    assert "div.rn.f32" in ptx
+    assert "div.full" not in ptx
+    assert "div.approx" not in ptx
+
+
+# No FP8 that becomes bf16: Triton keeps the conversion of the first generation that a process compiles one for, and
+# Hopper's is an instruction that Ada lacks.
+WIDE = ("group", "index"), ("group", "f16"), ("bf16", "f16"), ("f32", "index"), ("f32", "f16")
+WIDEST = [
+    *((logits, prefill_shapes(5, 300, 128, None, *kinds)) for kinds in WIDE),
+    (logits, prefill_shapes(5, 300, 64, None, "f32", "index")),
+    *((paged, paged_shapes(1, heads, *OF_PAGES[:-1], kind)) for heads in (64, 128) for kind in ("group", "f32")),
+]
+
+
+@compiler
+@pytest.mark.parametrize("arch", bridge.ARCHS, ids=lambda a: a.sm)
+@pytest.mark.parametrize(("kernel", "call"), WIDEST)
+def test_the_widest_queries_fit_the_shared_memory(kernel, call, arch, generation):  # noqa: F811
+    """Those of the tests on a GPU, or they are refused."""
+    generation(arch)
+    reason = kernel.supports(call[0])
+    if reason is not None:
+        assert arch == Arch.ADA
+        assert "shared memory" in reason
+        return
+    assert bridge.compile_for(arch, *launch_of(kernel, *call)).metadata.shared <= SHARED[arch] * 1024
+
+
 # ---------------------------------------------------------------- results
 
 INTERPRETED_PAGED = [
@@ -269,8 +316,10 @@ def test_interpreted_prefill(cell, rng, interpreted, generation):  # noqa: F811
 
 
 def check_bytes(kernel, portable, p, args):
-    """The portable backend's own bytes."""
-    for got, want in zip(kernel.run(p, *args), portable.run(p, *args), strict=True):
+    """The portable backend's own bytes, on a CPU: on a GPU XLA's division is approximate."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        wanted = portable.run(p, *mosaic.on_cpu(args))
+    for got, want in zip(kernel.run(p, *args), wanted, strict=True):
         got, want = (np.asarray(x) for x in (got, want))
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
@@ -308,10 +357,10 @@ def test_interpreted_topk(k, rng, interpreted):  # noqa: F811
 
 CELLS_PAGED = pairwise((
     (1, 2, 8), (5, 64, 128), (1, 16, 64), list(LAYOUTS), ("INDEX_K", "INDEX_K_F32", "INDEX_K_EXPONENT"),
-    ("position", "row lengths"), (None, 1000), (3, 150), ("group", "head", "bf16", "f32"),
+    ("position", "row lengths"), (None, 1000), (3, 150), KINDS,
 ), lambda c: c[2] >= 16 or c[3] == "normal", tries=8)  # fmt: skip
 CELLS_PREFILL = pairwise((
-    (1, 64, 300), (1, 100, 5001), (8, 64, 128), (None, 64, 2048), ("group", "head", "bf16", "f32"), ("index", "f16"),
+    (1, 64, 300), (1, 100, 5001), (8, 64, 128), (None, 64, 2048), KINDS, ("index", "f16"),
 ), lambda c: c[0] * c[1] * c[2] <= 1 << 26, tries=8)  # fmt: skip
 
 

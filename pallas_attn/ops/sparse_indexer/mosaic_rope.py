@@ -3,8 +3,6 @@
 A CTA of one warpgroup takes some heads of a token, rows of 128 numbers that TMA brings. Sixteen lanes hold a row, so
 that a number's partner, whichever bit of the dim tells it from, is in the same thread or in one of those lanes, and a
 scale is found inside the warp. Values and scales leave by TMA.
-
-It has not run on a GPU yet, and is not among the op's backends.
 """
 
 from typing import Any

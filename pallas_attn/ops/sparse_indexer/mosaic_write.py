@@ -3,8 +3,6 @@
 A CTA of one warpgroup takes 8 keys, rows of 128 numbers of which sixteen lanes hold one, so that a scale is found
 inside the warp. The values of a key leave by one copy for wherever its slot lies in the page's bytes, its scale byte
 by byte; a token without a slot leaves nothing.
-
-It has not run on a GPU yet, and is not among the op's backends.
 """
 
 import functools
@@ -19,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_attn.core.group_scales import MANTISSA
 from pallas_attn.core.index_cache import SCALE_BYTES
 from pallas_attn.core.quantized import scale_of, to_codes
-from pallas_attn.ops.sparse_indexer.mosaic_parts import DIM, int32
+from pallas_attn.ops.sparse_indexer.mosaic_parts import DIM
 from pallas_attn.ops.sparse_indexer.write.problem import Args, Problem
 from pallas_attn.runtime.mosaic import divide, row_layout
 
@@ -34,6 +32,7 @@ def supports(p: Problem) -> str | None:
         f"no {p.k_dtype}": p.k_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32),
         f"no head dim {p.head_dim}": p.head_dim != DIM,
         f"no group of {p.format.group}": p.format.group != DIM,
+        f"no {p.format}": p.format.apply_scale == "reciprocal",
         f"no {p.layout} layout": p.layout.tiled,
         f"no pages of {p.page_size}, which is no multiple of {ALIGNED}": p.page_size % ALIGNED != 0,
         "an empty call": not p.tokens,
@@ -44,6 +43,8 @@ def supports(p: Problem) -> str | None:
 def run(p: Problem, *arrays):
     """The written pages."""
     cache, k, slots = Args(*arrays)
+    if slots.dtype.itemsize > 4:  # 64 bits: nothing may wrap into the cache
+        slots = jnp.where((slots >= 0) & (slots < p.pages * p.page_size), slots, -1)
     # References make what comes in and what goes out one and the same memory.
     memory = jax.new_ref(cache.pages.reshape(p.pages, -1))
     plgpu.kernel(
@@ -58,7 +59,7 @@ def run(p: Problem, *arrays):
             plgpu.Barrier(),
         ],
         interpret=INTERPRET,
-    )(k, int32(slots, p.pages * p.page_size), memory)
+    )(k, slots.astype(jnp.int32), memory)
     return (jax.freeze(memory).reshape(p.shape),)
 
 

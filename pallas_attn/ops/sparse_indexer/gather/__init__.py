@@ -13,9 +13,8 @@ from pallas_attn.runtime.triton import ARCHS as TRITON_ARCHS
 from pallas_attn.runtime.triton import NEEDS
 
 _HERE = "pallas_attn.ops.sparse_indexer.gather"
-# Of no dispatch yet: it has not run on a GPU.
-TRITON = Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS)
 BACKENDS = (
+    Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS),
     Backend("xla", f"{_HERE}.xla", cost="a gather of bytes"),
     Backend("reference", f"{_HERE}.reference", cost="a copy of the whole cache"),
 )

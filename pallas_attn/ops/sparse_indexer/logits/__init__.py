@@ -12,10 +12,9 @@ from pallas_attn.runtime.triton import ARCHS as TRITON_ARCHS
 from pallas_attn.runtime.triton import NEEDS
 
 _HERE = "pallas_attn.ops.sparse_indexer.logits"
-# Of no dispatch yet: it has not run on a GPU.
-TRITON = Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="slower than Mosaic")
 BACKENDS = (
     Backend("mosaic", "pallas_attn.ops.sparse_indexer.mosaic_logits", ("cuda",), (Arch.HOPPER,)),
+    Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="slower than Mosaic"),
     Backend("xla", f"{_HERE}.xla", cost="float32 products"),
     Backend("reference", f"{_HERE}.reference", cost="all products at once"),
 )

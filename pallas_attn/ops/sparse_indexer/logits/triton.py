@@ -13,7 +13,7 @@ MOST_TOKENS = 128  # of a program
 
 def supports(p: Problem) -> str | None:
     """None, or what of the problem this kernel cannot do."""
-    return refuses(p.heads, p.head_dim, p.tokens, p.q_format.dtype, p.k_format.dtype)
+    return refuses(p.q_format.dtype, p.k_format.dtype, p.heads, p.head_dim, p.tokens, False)
 
 
 def run(p: Problem, *arrays, tokens: int | None = None):
@@ -23,15 +23,16 @@ def run(p: Problem, *arrays, tokens: int | None = None):
     starts, ends = (x[:, 0] for x in ranges(p, args))
     (result,) = outputs(p)
     width = result.shape[1]
-    own = numbers(values.dtype, keys.dtype, p.heads, p.head_dim)
+    shape = values.dtype, keys.dtype, p.heads, p.head_dim
+    many, stages = tile(*shape, False)
     # Rows of compressed columns end where a row that starts at the last key ends.
-    tiles = -(-(p.keys if p.width is None else p.keys + p.width) // tile(own))
+    tiles = -(-(p.keys if p.width is None else p.keys + p.width) // many)
     tokens = tokens or min(power_of_two(p.tokens * tiles // (4 * SMS)), MOST_TOKENS)
     op = triton_op(
         "pallas_attn.ops.sparse_indexer.triton_logits:logits", out=result, grid=tiles * -(-p.tokens // tokens),
-        constants=own | {
+        constants=numbers(*shape) | {
             "T": p.tokens, "N": p.keys, "WIDTH": width, "COMPRESSED": p.width is not None, "BT": tokens,
-            "BN": tile(own), "TILES": tiles,
-        },
+            "BN": many, "TILES": tiles,
+        }, num_stages=stages,
     )  # fmt: skip
     return (op(stored(values), weights, stored(keys), k_scale.astype(jnp.float32), starts, ends),)

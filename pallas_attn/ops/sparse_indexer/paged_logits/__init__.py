@@ -14,10 +14,9 @@ from pallas_attn.runtime.triton import ARCHS as TRITON_ARCHS
 from pallas_attn.runtime.triton import NEEDS
 
 _HERE = "pallas_attn.ops.sparse_indexer.paged_logits"
-# Of no dispatch yet: it has not run on a GPU.
-TRITON = Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="slower than Mosaic")
 BACKENDS = (
     Backend("mosaic", "pallas_attn.ops.sparse_indexer.mosaic_paged_logits", ("cuda",), (Arch.HOPPER,)),
+    Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="slower than Mosaic"),
     Backend("xla", f"{_HERE}.xla", cost="every query gathers its pages"),
     Backend("reference", f"{_HERE}.reference", cost="a copy of the cache and all products at once"),
 )

@@ -16,23 +16,24 @@ def supports(p: Problem) -> str | None:
     scales = p.head_dim // (p.format.group or p.head_dim)
     if scales > 1:
         return f"no keys with {scales} scales"
-    return refuses(p.heads, p.head_dim, p.tokens, p.q_format.dtype)
+    return refuses(p.q_format.dtype, p.format.dtype, p.heads, p.head_dim, p.tokens, True)
 
 
 def run(p: Problem, *arrays, tiles: int | None = None):
     """The logits. tiles: of a program."""
     args = Args(*arrays)
     values, weights = fold(args.q, args.weights, args.scale)
-    own = numbers(values.dtype, p.format.dtype, p.heads, p.head_dim)
-    every = -(-p.max_len // tile(own))
+    shape = values.dtype, p.format.dtype, p.heads, p.head_dim
+    many, stages = tile(*shape, True)
+    every = -(-p.max_len // many)
     tiles = tiles or min(max(p.tokens * every // (8 * SMS), 1), MOST_TILES)
     op = triton_op(
         "pallas_attn.ops.sparse_indexer.triton_logits:paged_logits", out=outputs(p)[0],
-        grid=p.tokens * -(-every // tiles), constants=own | {
+        grid=p.tokens * -(-every // tiles), constants=numbers(*shape) | {
             "T": p.tokens, "N": p.pages, "M": p.pages_per_seq, "S": p.page_size,
             "PAGE": p.page_size * args.cache.pages.shape[2], "WIDTH": p.max_len, "SHUFFLED": p.layout.tiled,
-            "EXPONENTS": p.format.exponents, "BN": tile(own), "TILES": tiles,
-        },
+            "EXPONENTS": p.format.exponents, "BN": many, "TILES": tiles,
+        }, num_stages=stages,
     )  # fmt: skip
     table = args.batch.page_table.astype(jnp.int32)
     return (op(stored(values), weights, args.cache.pages, table, *reach(p, args)),)

@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float
 
+from pallas_attn.core.arch import Arch
 from pallas_attn.core.formats import INDEX_Q, Format
 from pallas_attn.core.quantized import Quantized, put_together
 from pallas_attn.ops.sparse_indexer.cases import rope_cases
@@ -11,6 +12,7 @@ from pallas_attn.runtime.op import apply
 
 _HERE = "pallas_attn.ops.sparse_indexer.rope"
 BACKENDS = (
+    Backend("mosaic", "pallas_attn.ops.sparse_indexer.mosaic_rope", ("cuda",), (Arch.HOPPER,)),
     Backend("xla", f"{_HERE}.xla", cost="rotated queries in memory"),
     Backend("reference", f"{_HERE}.reference", cost="a gather of every number's partner"),
 )
@@ -32,7 +34,8 @@ def rope_quantize(
         y_i = x_i cos_i - x_j sin_i,   y_j = x_j cos_i + x_i sin_i      (i, j) the i-th pair of the first R dims
 
     The same bits as rotation (in float32, products and sums rounded one by one, the result to the type of x), the
-    Hadamard matrix (likewise) and `pa.quantize` one after the other.
+    Hadamard matrix (likewise) and `pa.quantize` one after the other. Scales that are no powers of two depend on the
+    division, which XLA approximates on a GPU; the scale of a row with a NaN depends on the backend's maximum.
 
     Args:
       x: `[T, H, D]` floats, D a multiple of the format's group.

@@ -11,10 +11,9 @@ from pallas_attn.runtime.triton import ARCHS as TRITON_ARCHS
 from pallas_attn.runtime.triton import NEEDS
 
 _HERE = "pallas_attn.ops.sparse_indexer.topk"
-# Of no dispatch yet: it has not run on a GPU.
-TRITON = Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="slower than Mosaic")
 BACKENDS = (
     Backend("mosaic", "pallas_attn.ops.sparse_indexer.mosaic_topk", ("cuda",), (Arch.HOPPER,)),
+    Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS, cost="slower than Mosaic"),
     Backend("xla", f"{_HERE}.xla", cost="32 counting passes over the logits"),
     Backend("reference", f"{_HERE}.reference", cost="a stable sort of every row"),
 )

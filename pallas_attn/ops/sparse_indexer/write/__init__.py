@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
+from pallas_attn.core.arch import Arch
 from pallas_attn.core.index_cache import IndexCache
 from pallas_attn.ops.sparse_indexer.cases import write_cases
 from pallas_attn.ops.sparse_indexer.write.problem import outputs, prepare
@@ -11,9 +12,9 @@ from pallas_attn.runtime.triton import ARCHS as TRITON_ARCHS
 from pallas_attn.runtime.triton import NEEDS
 
 _HERE = "pallas_attn.ops.sparse_indexer.write"
-# Of no dispatch yet: it has not run on a GPU.
-TRITON = Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS)
 BACKENDS = (
+    Backend("mosaic", "pallas_attn.ops.sparse_indexer.mosaic_write", ("cuda",), (Arch.HOPPER,)),
+    Backend("triton", f"{_HERE}.triton", ("cuda",), TRITON_ARCHS, NEEDS),
     Backend("xla", f"{_HERE}.xla", cost="a scatter of bytes"),
     Backend("reference", f"{_HERE}.reference", cost="time slots x tokens"),
 )
