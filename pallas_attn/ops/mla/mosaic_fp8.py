@@ -21,34 +21,36 @@ from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import ACC, OVER_ROWS, ROWS, Layout, swizzled
 
 PIECE = 64  # columns that are widened, or multiplied from registers, at once
-UNITS = 3
-STAGES = 3  # tiles in flight
-AHEAD = True
+UNITS = 4
+STAGES = 2  # tiles in flight
+AHEAD = False
 LEAVE_AFTER = 8
+PLACES = 2
 WIDE = jnp.float16  # holds every FP8 value exactly
 
 
 def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
-    """Shared memory and barriers of a CTA. The last place of the ring is the query's until its first tile comes, and
-    the results' on their way out; the interpreter, which has no operands in registers, keeps the query apart."""
+    """Shared memory and barriers of a CTA. The last place of the ring, or of the units, is the query's until its first
+    tile comes, and the results' on their way out; the interpreter, which has no operands in registers, keeps the query
+    apart."""
     dtype = p.kv_format.dtype
     narrow = swizzled(dtype, PIECE)
+    places = (2, STAGES if STAGES == 3 else UNITS)
+    query = plgpu.SMEM((*places, ROWS, HALF), dtype, transforms=narrow)
+    wide = plgpu.SMEM((2, UNITS, TILE, PART), WIDE, transforms=swizzled(WIDE, PART))
     out = [(d, 4 // d.itemsize) for d in (jnp.dtype(jnp.float32), jnp.dtype(p.out_dtype))]
-    halves = (plgpu.SMEM((2, STAGES, TILE, HALF), dtype, transforms=narrow),) if STAGES == 3 else ()
-    places = (2, 3) if STAGES == 3 else (2,)
+    results = [plgpu.SMEM((*places, n, ROWS, PIECE), d, transforms=swizzled(d, PIECE)) for d, n in out]
+    first = [] if STAGES == 3 else [wide]
     return (
         state(form)
         | ring(p, narrow, STAGES)
         | ({"halves": []} if STAGES == 3 else {})
         | {
             "q_ready": plgpu.Barrier(num_arrivals=3 * (ROWS // form.chunk)),
-            "memory": plgpu.RefUnion(
-                *halves or (plgpu.SMEM((2, ROWS, HALF), dtype, transforms=narrow),),
-                *(plgpu.SMEM((*places, n, ROWS, PIECE), d, transforms=swizzled(d, PIECE)) for d, n in out),
-            ),
-            "latent": [] if interpret is None or STAGES == 2 else [plgpu.SMEM((2, ROWS, HALF), dtype, transforms=narrow)],
-            "wide": plgpu.SMEM((2, UNITS, TILE, PART), WIDE, transforms=swizzled(WIDE, PART)),
-            "p_tile": plgpu.SMEM((ROWS, TILE), WIDE, transforms=swizzled(WIDE, TILE)),
+            "memory": plgpu.RefUnion(*first, query, *results),
+            "latent": [] if interpret is None else [plgpu.SMEM((2, ROWS, HALF), dtype, transforms=narrow)],
+            "wide": wide if STAGES == 3 else [],
+            "p_tile": plgpu.SMEM((PLACES, ROWS, TILE), WIDE, transforms=swizzled(WIDE, TILE)),
         }
     )
 
@@ -62,23 +64,25 @@ class Worker(mosaic_paged.Worker):
     p_tile: Any
 
     def __post_init__(self) -> None:
-        if STAGES == 3:
-            ring, *results = self.memory
-            self.halves, self.memory = ring, [r.at[:, 2] for r in results]
+        *first, query, partial, final = self.memory
+        if first:
+            (self.wide,) = first
+        else:
+            self.halves = query
+        self.query = self.latent[0] if self.latent else query.at[:, 2]
+        last = query.shape[1] - 1
+        self.memory = [partial.at[:, last], final.at[:, last]]
 
     # The warpgroup of the queries
 
     def load_query(self, s: Segment):
         """(pieces of the query in registers, its rotary part, what turns sums of codes into logits: a factor of all, and
         one of the rotary part besides)."""
-        if self.latent:
-            latent = self.latent[0]
-        else:
-            latent = self.halves.at[:, 2] if STAGES == 3 else self.memory[0]
-        self.fetch_query(s, latent, self.q_rope)
-        pieces = [latent.at[half, :, pl.ds(at, PIECE)] for half in range(2) for at in range(0, HALF, PIECE)]
+        self.fetch_query(s, self.query, self.q_rope)
+        pieces = [self.query.at[half, :, pl.ds(at, PIECE)] for half in range(2) for at in range(0, HALF, PIECE)]
         factors = [self.factor(s, scale) for scale in self.x.q_scales]
-        return [self.in_registers(x, Layout.WGMMA_8BIT) for x in pieces], (factors[0], factors[1] / factors[0])
+        pieces = [self.in_registers(x, Layout.WGMMA_8BIT) for x in pieces]
+        return pieces, (factors[0], factors[1] / factors[0] if AHEAD else factors[1])
 
     def fetch_query(self, s: Segment, latent, rope) -> None:
         """The block's rows of the query; past the real ones, rows of others."""
@@ -107,6 +111,8 @@ class Worker(mosaic_paged.Worker):
     def score_tile(self, s: Segment, query, t, state, masked: bool) -> tuple:
         """Weights of one tile, and the next one's logits: the matrix unit has them while the other warpgroups get
         ready for this one's values. Past the last tile they are those of an old one, and of no use."""
+        if PLACES == 2:
+            self.wait_free(t - 2)
         if not AHEAD:
             return super().score_tile(s, query, t, state, masked)
         top, total, x = state
@@ -117,44 +123,68 @@ class Worker(mosaic_paged.Worker):
 
     def logits(self, s: Segment, query, t, meanwhile=lambda: None):
         """S [64, TILE] to base 2; both parts of the query have scales of their own."""
-        slot, (pieces, (factor, ratio)) = lax.rem(t, jnp.int32(STAGES)), query
+        slot, (pieces, factors) = lax.rem(t, jnp.int32(STAGES)), query
+        halves = self.halves_ready
 
-        def wait() -> None:
-            for half in range(2):
-                plgpu.barrier_wait(self.halves_ready.at[half * STAGES + slot])
+        def of_rope(acc) -> None:
             plgpu.barrier_wait(self.ropes_ready.at[slot])
+            plgpu.wgmma(acc, self.q_rope, self.ropes.at[slot].transpose((1, 0)))
 
-        def of_rope(acc):
+        def of_latent(acc, half: int) -> None:
+            for i, q in enumerate(pieces[4 * half : 4 * half + 4]):
+                plgpu.wgmma(acc, q, self.halves.at[half, slot, :, pl.ds(i * PIECE, PIECE)].transpose((1, 0)))
+
+        def both(latent, rope):
+            for half in range(2):
+                plgpu.barrier_wait(halves.at[half * STAGES + slot])
+                of_latent(latent, half)
+            of_rope(rope)
+            return latent[...], rope[...]
+
+        def first(acc):
+            def wait() -> None:
+                for half in range(2):
+                    plgpu.barrier_wait(halves.at[half * STAGES + slot])
+                plgpu.barrier_wait(self.ropes_ready.at[slot])
+
             pl.when(t < s.count)(wait)
             plgpu.wgmma(acc, self.q_rope, self.ropes.at[slot].transpose((1, 0)))
             return acc[...]
 
-        def of_latent(acc) -> None:
-            for i, q in enumerate(pieces):
-                if i == LEAVE_AFTER:
+        def second(acc) -> None:
+            for half in range(2):
+                of_latent(acc, half)
+                if LEAVE_AFTER == 4 * half + 4:
                     meanwhile()
-                half, at = divmod(i * PIECE, HALF)
-                plgpu.wgmma(acc, q, self.halves.at[half, slot, :, pl.ds(at, PIECE)].transpose((1, 0)))
-            if len(pieces) == LEAVE_AFTER:
-                meanwhile()
             pl.when(t + STAGES < s.count)(lambda: self.fetch_rope(s, t + STAGES))
 
-        x = pl.run_scoped(of_rope, ACC((ROWS, TILE), jnp.float32)) * ratio
-        return add_product(x, of_latent, self.interpret) * factor
+        if AHEAD:
+            x = pl.run_scoped(first, ACC((ROWS, TILE), jnp.float32)) * factors[1]
+            return add_product(x, second, self.interpret) * factors[0]
+        sums = pl.run_scoped(both, *[ACC((ROWS, TILE), jnp.float32)] * 2)
+        pl.when(t + STAGES < s.count)(lambda: self.fetch_rope(s, t + STAGES))
+        return sums[0] * factors[0] + sums[1] * factors[1]
 
     def weights_at(self, t):
-        """One place for all."""
-        return self.p_tile
+        """One place for all, or two by turns."""
+        return self.p_tile.at[lax.rem(t, jnp.int32(PLACES))]
 
     def make_room(self, s: Segment, t) -> None:
         """Until the last tile's weights have been used."""
-        self.wait_free(t - 1)
+        if PLACES == 1:
+            self.wait_free(t - 1)
+
+    def after_scores(self, s: Segment) -> None:
+        """No phase of a barrier is passed over."""
+        if PLACES == 2:
+            self.wait_free(s.count - 2)
 
     # The warpgroups of the values
 
     def begin_values(self, s: Segment):
         """Accumulators of two units, and the first unit widened."""
-        self.widen(s, jnp.int32(0), 0)
+        for i in range(UNITS - 2):
+            self.widen(s, jnp.int32(0), i)
         return self.zeros(PART), self.zeros(PART)
 
     def unit(self, t, i: int):
@@ -173,7 +203,8 @@ class Worker(mosaic_paged.Worker):
 
     def ready_values(self, s: Segment, t) -> None:
         """The second unit."""
-        self.widen(s, t, 1)
+        if UNITS == 3:
+            self.widen(s, t, 1)
         self.clear(s, t)
 
     def clear(self, s: Segment, t) -> None:
@@ -204,7 +235,8 @@ class Worker(mosaic_paged.Worker):
 
         def multiply(accs) -> None:
             for i, a in enumerate(accs):
-                plgpu.wgmma(a, self.p_tile, self.unit(t, i))
-            pl.when(t + 1 < s.count)(lambda: self.widen(s, t + 1, 0))
+                plgpu.wgmma(a, self.weights_at(t), self.unit(t, i))
+            for i in range(UNITS - 2):
+                pl.when(t + 1 < s.count)(lambda i=i: self.widen(s, t + 1, i))
 
         return add_product(acc, multiply, self.interpret)

@@ -155,6 +155,9 @@ class Worker:
     def after_weights(self, s: Segment, t) -> None:
         """What is left to do once the weights of tile t are there."""
 
+    def after_scores(self, s: Segment) -> None:
+        """What is left to do once the last tile's weights are there."""
+
     def score(self, s: Segment, following) -> None:
         """Weights of all the segment's tiles, then the rows' sums."""
         query = self.load_query(s)
@@ -174,6 +177,7 @@ class Worker:
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.ended)
         plgpu.copy_smem_to_gmem(self.row_tile.at[1], self.stats.at[s.slot, self.column])
+        self.after_scores(s)
         plgpu.barrier_wait(self.p_free.at[lax.rem(s.count - 1, jnp.int32(2))])
         following()
         plgpu.barrier_wait(self.left)
