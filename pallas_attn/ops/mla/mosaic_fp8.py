@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.batch import TILE
 from pallas_attn.ops.mla import mosaic_paged
-from pallas_attn.ops.mla.mosaic_form import HALF, LATENT, Form, Segment
+from pallas_attn.ops.mla.mosaic_form import HALF, Form, Segment
 from pallas_attn.ops.mla.mosaic_paged import ring
 from pallas_attn.ops.mla.mosaic_worker import PART, add_product, spread, state
 from pallas_attn.ops.mla.problem import Problem
@@ -76,8 +76,7 @@ class Worker(mosaic_paged.Worker):
     # The warpgroup of the queries
 
     def load_query(self, s: Segment):
-        """(pieces of the query in registers, its rotary part, what turns sums of codes into logits: a factor of all, and
-        one of the rotary part besides)."""
+        """(pieces of the query in registers, what turns sums of codes into logits for either part)."""
         self.fetch_query(s, self.query, self.q_rope)
         pieces = [self.query.at[half, :, pl.ds(at, PIECE)] for half in range(2) for at in range(0, HALF, PIECE)]
         factors = [self.factor(s, scale) for scale in self.x.q_scales]
@@ -154,7 +153,7 @@ class Worker(mosaic_paged.Worker):
         def second(acc) -> None:
             for half in range(2):
                 of_latent(acc, half)
-                if LEAVE_AFTER == 4 * half + 4:
+                if 4 * half + 4 == LEAVE_AFTER:
                     meanwhile()
             pl.when(t + STAGES < s.count)(lambda: self.fetch_rope(s, t + STAGES))
 
@@ -187,7 +186,7 @@ class Worker(mosaic_paged.Worker):
             self.widen(s, jnp.int32(0), i)
         return self.zeros(PART), self.zeros(PART)
 
-    def unit(self, t, i: int):
+    def unit(self, t, i):
         """Where the i-th unit of tile t is widened to."""
         return self.wide.at[self.role, lax.rem(2 * t + i, jnp.int32(UNITS))]
 
