@@ -1,7 +1,8 @@
 """MLA over FP8 pages with one scale for all, and an FP8 query: logits are products of FP8, values are widened to f16.
 
-The warpgroups of the values widen their halves themselves, in units of 128 columns: three for each, so that the next
-tile's first unit is widened while the products with this tile's two are under way. The query stays in registers.
+The warpgroups of the values widen their halves themselves, in units of 128 columns: four for each, so that the next
+tile is widened while the products with this one are under way. Weights have two places: those of the next tile are
+there when these products end. The query stays in registers.
 """
 
 import dataclasses
@@ -21,11 +22,11 @@ from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import ACC, OVER_ROWS, ROWS, Layout, swizzled
 
 PIECE = 64  # columns that are widened, or multiplied from registers, at once
-UNITS = 4
+UNITS = 4  # 3 where STAGES is 3, for shared memory is full
 STAGES = 2  # tiles in flight
-AHEAD = False
-LEAVE_AFTER = 8
-PLACES = 2
+PLACES = 2  # of weights; 1 where STAGES is 3
+AHEAD = False  # whether the next tile's logits begin before a tile's weights are left
+LEAVE_AFTER = 8  # of the logits' products, 4 or 8, the weights are left then
 WIDE = jnp.float16  # holds every FP8 value exactly
 
 
@@ -181,7 +182,7 @@ class Worker(mosaic_paged.Worker):
     # The warpgroups of the values
 
     def begin_values(self, s: Segment):
-        """Accumulators of two units, and the first unit widened."""
+        """Accumulators of two units, and the first tile widened, as far as there are units."""
         for i in range(UNITS - 2):
             self.widen(s, jnp.int32(0), i)
         return self.zeros(PART), self.zeros(PART)
@@ -201,7 +202,7 @@ class Worker(mosaic_paged.Worker):
         plgpu.commit_smem()
 
     def ready_values(self, s: Segment, t) -> None:
-        """The second unit."""
+        """The second unit, where it has no place sooner, and nothing past the end."""
         if UNITS == 3:
             self.widen(s, t, 1)
         self.clear(s, t)
@@ -230,7 +231,7 @@ class Worker(mosaic_paged.Worker):
         pl.when(t + STAGES < s.count)(lambda: self.fetch_half(s, t + STAGES))
 
     def add_values(self, s: Segment, t, acc):
-        """`acc` plus weights times values; meanwhile the next tile's first unit is widened."""
+        """`acc` plus weights times values; meanwhile the next tile is widened, as far as there are units."""
 
         def multiply(accs) -> None:
             for i, a in enumerate(accs):
