@@ -1,7 +1,8 @@
 """MLA over FP8 pages with one scale for all, and an FP8 query: logits are products of FP8, values are widened to f16.
 
-The warpgroups of the values widen their halves themselves, in units of 128 columns: three for each, so that the next
-tile's first unit is widened while the products with this tile's two are under way. The query stays in registers.
+The warpgroups of the values widen their halves themselves, in units of 128 columns: four for each, so that the next
+tile is widened while the products with this one are under way. Weights have two places: those of the next tile are
+there when these products end. The query stays in registers.
 """
 
 import dataclasses
@@ -14,29 +15,43 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.batch import TILE
 from pallas_attn.ops.mla import mosaic_paged
-from pallas_attn.ops.mla.mosaic_form import HALF, LATENT, Form, Segment
+from pallas_attn.ops.mla.mosaic_form import HALF, Form, Segment
 from pallas_attn.ops.mla.mosaic_paged import ring
-from pallas_attn.ops.mla.mosaic_worker import PART, add_product, spread, stages, state
+from pallas_attn.ops.mla.mosaic_worker import PART, add_product, spread, state
 from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import ACC, OVER_ROWS, ROWS, Layout, swizzled
 
 PIECE = 64  # columns that are widened, or multiplied from registers, at once
-UNITS = 3
+UNITS = 4  # 3 where STAGES is 3, for shared memory is full
+STAGES = 2  # tiles in flight
+PLACES = 2  # of weights; 1 where STAGES is 3
+AHEAD = False  # whether the next tile's logits begin before a tile's weights are left
+LEAVE_AFTER = 8  # of the logits' products, 4 or 8, the weights are left then
 WIDE = jnp.float16  # holds every FP8 value exactly
 
 
 def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
-    """Shared memory and barriers of a CTA."""
+    """Shared memory and barriers of a CTA. The last place of the ring, or of the units, is the query's until its first
+    tile comes, and the results' on their way out; the interpreter, which has no operands in registers, keeps the query
+    apart."""
     dtype = p.kv_format.dtype
     narrow = swizzled(dtype, PIECE)
+    places = (2, STAGES if STAGES == 3 else UNITS)
+    query = plgpu.SMEM((*places, ROWS, HALF), dtype, transforms=narrow)
+    wide = plgpu.SMEM((2, UNITS, TILE, PART), WIDE, transforms=swizzled(WIDE, PART))
+    out = [(d, 4 // d.itemsize) for d in (jnp.dtype(jnp.float32), jnp.dtype(p.out_dtype))]
+    results = [plgpu.SMEM((*places, n, ROWS, PIECE), d, transforms=swizzled(d, PIECE)) for d, n in out]
+    first = [] if STAGES == 3 else [wide]
     return (
         state(form)
-        | ring(p, narrow)
+        | ring(p, narrow, STAGES)
+        | ({"halves": []} if STAGES == 3 else {})
         | {
-            # Results leave through the memory of the query that they answer.
-            "memory": plgpu.RefUnion(plgpu.SMEM((ROWS, LATENT), dtype, transforms=narrow), *stages(p, PIECE)),
-            "wide": plgpu.SMEM((2, UNITS, TILE, PART), WIDE, transforms=swizzled(WIDE, PART)),
-            "p_tile": plgpu.SMEM((ROWS, TILE), WIDE, transforms=swizzled(WIDE, TILE)),
+            "q_ready": plgpu.Barrier(num_arrivals=3 * (ROWS // form.chunk)),
+            "memory": plgpu.RefUnion(*first, query, *results),
+            "latent": [] if interpret is None else [plgpu.SMEM((2, ROWS, HALF), dtype, transforms=narrow)],
+            "wide": wide if STAGES == 3 else [],
+            "p_tile": plgpu.SMEM((PLACES, ROWS, TILE), WIDE, transforms=swizzled(WIDE, TILE)),
         }
     )
 
@@ -45,17 +60,41 @@ def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
 class Worker(mosaic_paged.Worker):
     """The body of the kernel."""
 
+    latent: Any  # the query's, if it is kept apart
     wide: Any  # [half, unit, TILE, PART]
     p_tile: Any
+
+    def __post_init__(self) -> None:
+        *first, query, partial, final = self.memory
+        if first:
+            (self.wide,) = first
+        else:
+            self.halves = query
+        self.query = self.latent[0] if self.latent else query.at[:, 2]
+        last = query.shape[1] - 1
+        self.memory = [partial.at[:, last], final.at[:, last]]
 
     # The warpgroup of the queries
 
     def load_query(self, s: Segment):
         """(pieces of the query in registers, what turns sums of codes into logits for either part)."""
-        self.fetch_query(s, self.memory[0], self.q_rope)
-        pieces = [self.memory[0].at[:, pl.ds(at, PIECE)] for at in range(0, LATENT, PIECE)]
+        self.fetch_query(s, self.query, self.q_rope)
+        pieces = [self.query.at[half, :, pl.ds(at, PIECE)] for half in range(2) for at in range(0, HALF, PIECE)]
         factors = [self.factor(s, scale) for scale in self.x.q_scales]
-        return [self.in_registers(x, Layout.WGMMA_8BIT) for x in (*pieces, self.q_rope)], factors
+        pieces = [self.in_registers(x, Layout.WGMMA_8BIT) for x in pieces]
+        return pieces, (factors[0], factors[1] / factors[0] if AHEAD else factors[1])
+
+    def fetch_query(self, s: Segment, latent, rope) -> None:
+        """The block's rows of the query; past the real ones, rows of others."""
+        chunk, last = self.form.chunk, self.p.tokens * self.form.heads - self.form.chunk
+        for at in range(0, ROWS, chunk):
+            row = pl.multiple_of(jnp.minimum(s.row + at, last), chunk)
+            rows, to = pl.ds(row, chunk), pl.ds(at, chunk)
+            for half in range(2):
+                source = self.x.q_latent.at[rows, pl.ds(half * HALF, HALF)]
+                plgpu.copy_gmem_to_smem(source, latent.at[half, to], self.q_ready)
+            plgpu.copy_gmem_to_smem(self.x.q_rope.at[rows], rope.at[to], self.q_ready)
+        plgpu.barrier_wait(self.q_ready)
 
     def factor(self, s: Segment, scale):
         """A number, or one for each row [64, TILE]."""
@@ -64,77 +103,140 @@ class Worker(mosaic_paged.Worker):
         rows = plgpu.load(scale.at[pl.ds(s.row, ROWS)], layout=OVER_ROWS, optimized=False)
         return spread(rows * self.scale, TILE)
 
-    def logits(self, s: Segment, query, t):
-        """S [64, TILE] to base 2; both parts of the query have scales of their own."""
-        slot, (pieces, factors) = lax.rem(t, jnp.int32(2)), query
+    def begin_scores(self, s: Segment, query) -> tuple:
+        """The first tile's logits too: the next tile's are under way while a tile's weights are left."""
+        state = super().begin_scores(s, query)
+        return (*state, self.logits(s, query, s.count * 0)) if AHEAD else state
 
-        def multiply(latent, rope):
-            for i, q in enumerate(pieces[:-1]):
-                half, at = divmod(i * PIECE, HALF)
-                if at == 0:
-                    plgpu.barrier_wait(self.halves_ready.at[2 * half + slot])
-                plgpu.wgmma(latent, q, self.halves.at[half, slot, :, pl.ds(at, PIECE)].transpose((1, 0)))
+    def score_tile(self, s: Segment, query, t, state, masked: bool) -> tuple:
+        """Weights of one tile, and the next one's logits: the matrix unit has them while the other warpgroups get
+        ready for this one's values. Past the last tile they are those of an old one, and of no use."""
+        if PLACES == 2:
+            self.wait_free(t - 2)
+        if not AHEAD:
+            return super().score_tile(s, query, t, state, masked)
+        top, total, x = state
+        peak, keep, weight = self.weights(s, t, x, top, masked)
+        total = total * keep + jnp.sum(weight, axis=1)
+        weight = weight.astype(WIDE)
+        return peak, total, self.logits(s, query, t + 1, lambda: self.leave_weights(s, t, weight))
+
+    def logits(self, s: Segment, query, t, meanwhile=lambda: None):
+        """S [64, TILE] to base 2; both parts of the query have scales of their own."""
+        slot, (pieces, factors) = lax.rem(t, jnp.int32(STAGES)), query
+        halves = self.halves_ready
+
+        def of_rope(acc) -> None:
             plgpu.barrier_wait(self.ropes_ready.at[slot])
-            plgpu.wgmma(rope, pieces[-1], self.ropes.at[slot].transpose((1, 0)))
+            plgpu.wgmma(acc, self.q_rope, self.ropes.at[slot].transpose((1, 0)))
+
+        def of_latent(acc, half: int) -> None:
+            for i, q in enumerate(pieces[4 * half : 4 * half + 4]):
+                plgpu.wgmma(acc, q, self.halves.at[half, slot, :, pl.ds(i * PIECE, PIECE)].transpose((1, 0)))
+
+        def both(latent, rope):
+            for half in range(2):
+                plgpu.barrier_wait(halves.at[half * STAGES + slot])
+                of_latent(latent, half)
+            of_rope(rope)
             return latent[...], rope[...]
 
-        sums = pl.run_scoped(multiply, *[ACC((ROWS, TILE), jnp.float32)] * 2)
-        pl.when(t + 2 < s.count)(lambda: self.fetch_rope(s, t + 2))
+        def first(acc):
+            def wait() -> None:
+                for half in range(2):
+                    plgpu.barrier_wait(halves.at[half * STAGES + slot])
+                plgpu.barrier_wait(self.ropes_ready.at[slot])
+
+            pl.when(t < s.count)(wait)
+            plgpu.wgmma(acc, self.q_rope, self.ropes.at[slot].transpose((1, 0)))
+            return acc[...]
+
+        def second(acc) -> None:
+            for half in range(2):
+                of_latent(acc, half)
+                if 4 * half + 4 == LEAVE_AFTER:
+                    meanwhile()
+            pl.when(t + STAGES < s.count)(lambda: self.fetch_rope(s, t + STAGES))
+
+        if AHEAD:
+            x = pl.run_scoped(first, ACC((ROWS, TILE), jnp.float32)) * factors[1]
+            return add_product(x, second, self.interpret) * factors[0]
+        sums = pl.run_scoped(both, *[ACC((ROWS, TILE), jnp.float32)] * 2)
+        pl.when(t + STAGES < s.count)(lambda: self.fetch_rope(s, t + STAGES))
         return sums[0] * factors[0] + sums[1] * factors[1]
 
     def weights_at(self, t):
-        """One place for all."""
-        return self.p_tile
+        """One place for all, or two by turns."""
+        return self.p_tile.at[lax.rem(t, jnp.int32(PLACES))]
 
     def make_room(self, s: Segment, t) -> None:
         """Until the last tile's weights have been used."""
-        self.wait_free(t - 1)
+        if PLACES == 1:
+            self.wait_free(t - 1)
+
+    def after_scores(self, s: Segment) -> None:
+        """No phase of a barrier is passed over."""
+        if PLACES == 2:
+            self.wait_free(s.count - 2)
 
     # The warpgroups of the values
 
     def begin_values(self, s: Segment):
-        """Accumulators of two units, and the first unit widened."""
-        self.widen(s, jnp.int32(0), 0)
+        """Accumulators of two units, and the first tile widened, as far as there are units."""
+        for i in range(UNITS - 2):
+            self.widen(s, jnp.int32(0), i)
         return self.zeros(PART), self.zeros(PART)
 
-    def unit(self, t, i: int):
+    def unit(self, t, i):
         """Where the i-th unit of tile t is widened to."""
         return self.wide.at[self.role, lax.rem(2 * t + i, jnp.int32(UNITS))]
 
     def widen(self, s: Segment, t, i: int) -> None:
         """The i-th unit of a tile in f16; its first one has the tile waited for."""
-        slot, tile = lax.rem(t, jnp.int32(2)), s.tile0 + t
+        slot = lax.rem(t, jnp.int32(STAGES))
         if i == 0:
-            plgpu.barrier_wait(self.halves_ready.at[2 * self.role + slot])
-
-        def convert(masked: bool) -> None:
-            for at in range(0, PART, PIECE):
-                source = self.halves.at[self.role, slot, :, pl.ds(i * PART + at, PIECE)]
-                x = plgpu.load(source, layout=Layout.WGMMA_UPCAST_2X).astype(WIDE)
-                if masked:  # an unwritten slot may hold NaN, and 0 x NaN is NaN
-                    real = self.real_tokens(s, tile, Layout.WGMMA_UPCAST_2X, x.shape)
-                    x = jnp.where(real, x, jnp.zeros((), WIDE))
-                self.unit(t, i)[:, pl.ds(at, PIECE)] = x
-
-        partly = (tile + 1) * TILE > s.seq.kv_len
-        pl.when(partly)(lambda: convert(masked=True))
-        pl.when(~partly)(lambda: convert(masked=False))
+            plgpu.barrier_wait(self.halves_ready.at[STAGES * self.role + slot])
+        for at in range(0, PART, PIECE):
+            source = self.halves.at[self.role, slot, :, pl.ds(i * PART + at, PIECE)]
+            self.unit(t, i)[:, pl.ds(at, PIECE)] = plgpu.load(source, layout=Layout.WGMMA_UPCAST_2X).astype(WIDE)
         plgpu.commit_smem()
 
     def ready_values(self, s: Segment, t) -> None:
-        """The second unit."""
-        self.widen(s, t, 1)
+        """The second unit, where it has no place sooner, and nothing past the end."""
+        if UNITS == 3:
+            self.widen(s, t, 1)
+        self.clear(s, t)
+
+    def clear(self, s: Segment, t) -> None:
+        """Zeros in place of tokens that are not there: an unwritten slot may hold NaN, and 0 x NaN is NaN. A loop, not
+        a branch: nothing of it stands beside the code of all other tiles."""
+        tile = s.tile0 + t
+
+        def one(i, carry):
+            real = self.real_tokens(s, tile, Layout.WGMMA, (TILE, PIECE))
+            for at in range(0, PART, PIECE):
+                piece = self.unit(t, i).at[:, pl.ds(at, PIECE)]
+                x = plgpu.load(piece, layout=Layout.WGMMA)
+                piece[...] = jnp.where(real, x, jnp.zeros((), WIDE))
+            plgpu.commit_smem()
+            return carry
+
+        partly = (tile + 1) * TILE > s.seq.kv_len
+        lax.fori_loop(0, jnp.where(partly, HALF // PART, 0), one, jnp.int32(0))
 
     def after_alpha(self, s: Segment, t) -> None:
         """The tile has been widened, and its logits are known: its place takes the one after the next."""
-        pl.when(t + 2 < s.count)(lambda: self.fetch_half(s, t + 2))
+        if STAGES == 3:  # the third place was the query's
+            pl.when((t == 0) & (s.count > 2))(lambda: self.fetch_half(s, jnp.int32(2)))
+        pl.when(t + STAGES < s.count)(lambda: self.fetch_half(s, t + STAGES))
 
     def add_values(self, s: Segment, t, acc):
-        """`acc` plus weights times values; meanwhile the next tile's first unit is widened."""
+        """`acc` plus weights times values; meanwhile the next tile is widened, as far as there are units."""
 
         def multiply(accs) -> None:
             for i, a in enumerate(accs):
-                plgpu.wgmma(a, self.p_tile, self.unit(t, i))
-            pl.when(t + 1 < s.count)(lambda: self.widen(s, t + 1, 0))
+                plgpu.wgmma(a, self.weights_at(t), self.unit(t, i))
+            for i in range(UNITS - 2):
+                pl.when(t + 1 < s.count)(lambda i=i: self.widen(s, t + 1, i))
 
         return add_product(acc, multiply, self.interpret)

@@ -15,15 +15,15 @@ from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import ROWS
 
 
-def ring(p: Problem, transforms) -> dict[str, Any]:
-    """Two tiles in shared memory, three buffers each, since TMA takes no part of a row."""
+def ring(p: Problem, transforms, stages: int = 2) -> dict[str, Any]:
+    """Tiles in shared memory, three buffers each, since TMA takes no part of a row."""
     dtype, copies = p.kv_format.dtype, max(TILE // p.page_size, 1)
     return {
         "q_rope": plgpu.SMEM((ROWS, ROPE), dtype, transforms=transforms),
-        "halves": plgpu.SMEM((2, 2, TILE, HALF), dtype, transforms=transforms),
-        "ropes": plgpu.SMEM((2, TILE, ROPE), dtype, transforms=transforms),
-        "halves_ready": plgpu.Barrier(num_arrivals=copies, num_barriers=4),
-        "ropes_ready": plgpu.Barrier(num_arrivals=copies, num_barriers=2),
+        "halves": plgpu.SMEM((2, stages, TILE, HALF), dtype, transforms=transforms),
+        "ropes": plgpu.SMEM((stages, TILE, ROPE), dtype, transforms=transforms),
+        "halves_ready": plgpu.Barrier(num_arrivals=copies, num_barriers=2 * stages),
+        "ropes_ready": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
     }
 
 
@@ -39,7 +39,7 @@ class Worker(mosaic_worker.Worker):
 
     def prime_scores(self, s: Segment) -> None:
         """Ask for the first rotary parts."""
-        for t in range(2):
+        for t in range(self.ropes.shape[0]):
             pl.when(t < s.count)(lambda t=t: self.fetch_rope(s, jnp.int32(t)))
 
     def prime_values(self, s: Segment) -> None:
@@ -49,13 +49,14 @@ class Worker(mosaic_worker.Worker):
 
     def fetch_rope(self, s: Segment, t) -> None:
         """Ask for the rotary part of a tile."""
-        slot = lax.rem(t, jnp.int32(2))
+        slot = lax.rem(t, jnp.int32(self.ropes.shape[0]))
         self.fetch(s, t, LATENT, self.ropes.at[slot], self.ropes_ready.at[slot])
 
     def fetch_half(self, s: Segment, t) -> None:
         """Ask for the warpgroup's half of a tile."""
-        slot = lax.rem(t, jnp.int32(2))
-        ready = self.halves_ready.at[2 * self.role + slot]
+        stages = self.halves.shape[1]
+        slot = lax.rem(t, jnp.int32(stages))
+        ready = self.halves_ready.at[stages * self.role + slot]
         self.fetch(s, t, self.role * HALF, self.halves.at[self.role, slot], ready)
 
     def fetch(self, s: Segment, t, column, to, ready) -> None:

@@ -155,50 +155,65 @@ class Worker:
     def after_weights(self, s: Segment, t) -> None:
         """What is left to do once the weights of tile t are there."""
 
+    def after_scores(self, s: Segment) -> None:
+        """What is left to do once the last tile's weights are there."""
+
     def score(self, s: Segment, following) -> None:
         """Weights of all the segment's tiles, then the rows' sums."""
         query = self.load_query(s)
         plain = self.unmasked(s)
-        zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), OVER_ROWS)
-        state = (zero + FAR, zero)
+        state = self.begin_scores(s, query)
 
         def loop(low, high, state, masked: bool):
             return lax.fori_loop(low, high, lambda t, c: self.score_tile(s, query, t, c, masked), state)
 
         if plain is None:
-            top, total = loop(0, s.count, state, masked=True)
+            top, total, *_ = loop(0, s.count, state, masked=True)
         else:
-            top, total = loop(plain, s.count, loop(0, plain, state, masked=False), masked=True)
+            top, total, *_ = loop(plain, s.count, loop(0, plain, state, masked=False), masked=True)
         some = jnp.where(total > 0, total, 1.0)
         self.row_tile[0] = jnp.where(total > 0, 1.0 / some, 0.0)
         self.row_tile[1] = jnp.where(total > 0, top + jnp.log2(some), FAR)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.ended)
         plgpu.copy_smem_to_gmem(self.row_tile.at[1], self.stats.at[s.slot, self.column])
+        self.after_scores(s)
         plgpu.barrier_wait(self.p_free.at[lax.rem(s.count - 1, jnp.int32(2))])
         following()
         plgpu.barrier_wait(self.left)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def score_tile(self, s: Segment, query, t, state, masked: bool):
+    def begin_scores(self, s: Segment, query) -> tuple:
+        """The maximum and the sum of each row so far, and whatever else passes from tile to tile."""
+        zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), OVER_ROWS)
+        return zero + FAR, zero
+
+    def score_tile(self, s: Segment, query, t, state, masked: bool) -> tuple:
         """Weights of one tile."""
         top, total = state
+        peak, keep, weight = self.weights(s, t, self.logits(s, query, t), top, masked)
+        self.leave_weights(s, t, weight)
+        total = total * keep + jnp.sum(weight, axis=1)
+        self.after_weights(s, t)
+        return peak, total
+
+    def weights(self, s: Segment, t, x, top, masked: bool) -> tuple:
+        """(maximum of the rows, what is left of earlier weights, weights of tile t), of its logits."""
         slot = lax.rem(t, jnp.int32(2))
-        x = self.logits(s, query, t)
         x = self.masked(s, t, x) if masked else x
         peak = jnp.maximum(top, jnp.max(x, axis=1))
         keep = jnp.exp2(top - peak)
         self.alpha[slot] = keep
         plgpu.barrier_arrive(self.alpha_ready.at[slot])
-        weight = jnp.exp2(x - spread(peak, TILE))
+        return peak, keep, jnp.exp2(x - spread(peak, TILE))
+
+    def leave_weights(self, s: Segment, t, weight) -> None:
+        """Weights to where the others read them."""
         self.make_room(s, t)
         target = self.weights_at(t)
         target[...] = weight.astype(target.dtype)
         plgpu.commit_smem()
-        plgpu.barrier_arrive(self.p_ready.at[slot])
-        total = total * keep + jnp.sum(weight, axis=1)
-        self.after_weights(s, t)
-        return peak, total
+        plgpu.barrier_arrive(self.p_ready.at[lax.rem(t, jnp.int32(2))])
 
     def unmasked(self, s: Segment) -> Any:
         """How many tiles at the segment's beginning every row sees whole; None where each one needs a mask."""
