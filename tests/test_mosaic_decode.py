@@ -111,11 +111,12 @@ def check(rng, run, format, layout, page_size, dim, heads, query, option, q_toke
     compare(out, lse, *random.expected(**options))
 
 
-def compare(out, lse, want, want_lse):
+def compare(out, lse, want, want_lse, worst=8e-3, off=1e-2):
+    """Against the definition: all together, the worst row, the LSE of any row."""
     assert np.linalg.norm(out - want) <= 4e-3 * np.linalg.norm(want)
-    assert relative_error(out, want) <= 8e-3  # of any row
+    assert relative_error(out, want) <= worst
     # An error of 3e-4 in a product of the matrix unit is one of the logits' magnitude here.
-    np.testing.assert_allclose(lse, want_lse, atol=1e-2)
+    np.testing.assert_allclose(lse, want_lse, atol=off)
 
 
 def interpreted(q, cache, batch, **options):

@@ -24,7 +24,6 @@ S = jax.ShapeDtypeStruct
 def whole_rows(monkeypatch):
     """The kernels know one width of rows."""
     monkeypatch.setattr(latents, "dims_of", lambda format: (512, 64))
-    monkeypatch.setattr(mosaic, "UNTRIED", True)
 
 
 def quantised(format, q_format):

@@ -81,7 +81,8 @@ def check(rng, run, format, layout, page_size, dim, heads, query, option, length
         del options["soft_cap"]  # a cap of 0 is none
     if not options.get("window", 1):
         del options["window"]
-    compare(out, lse, *random.expected(**options))
+    # The worst of up to 35,000 rows, ten times as many as decode has.
+    compare(out, lse, *random.expected(**options), worst=1.2e-2, off=1.5e-2)
 
 
 def interpreted(q, cache, batch, **options):
@@ -306,7 +307,8 @@ def test_any_lengths_on_gpu(kind, data):
         q_format=None if query in DTYPES else query,
     )  # fmt: skip
     out, lse = ragged_step(option == "sinks")(*random.arguments(layout), options.get("window"))
-    compare(out, lse, *random.expected(**options))
+    # The worst of up to 35,000 rows, ten times as many as decode has.
+    compare(out, lse, *random.expected(**options), worst=1.2e-2, off=1.5e-2)
 
 
 @pytest.mark.gpu

@@ -24,7 +24,6 @@ from pallas_attn.ops.mla.problem import Args, Problem
 from pallas_attn.runtime.mosaic import ROWS
 
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernels on a CPU
-UNTRIED = False  # whether to take listed keys of float caches, which on a GPU do not always end; their tests set it
 MOST_SEQS = 8192
 MOST_TOKENS = 8
 STORED = (jnp.bfloat16, jnp.float16, E4M3)
@@ -35,7 +34,6 @@ def supports(p: Problem) -> str | None:
     tokens, out, rows = p.max_q_len or MOST_TOKENS + 1, p.out_format, p.kv_format == FP8_DS_MLA
     refusals = {
         "an empty call": p.empty,
-        f"no listed keys of a {p.kv_format} cache: some calls never end": not UNTRIED and bool(p.topk) and not rows,
         f"it needs batch.max_q_len <= {MOST_TOKENS} or a list of keys": tokens > MOST_TOKENS and not p.topk,
         f"no latent of {p.latent_dim} with a rotary part of {p.rope_dim}": (p.latent_dim, p.rope_dim) != (LATENT, ROPE),
         f"no {p.kv_format} cache with a list of keys": bool(p.topk) and p.kv_format.granularity == "tensor",

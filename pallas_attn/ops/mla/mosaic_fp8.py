@@ -22,35 +22,28 @@ from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import ACC, OVER_ROWS, ROWS, Layout, swizzled
 
 PIECE = 64  # columns that are widened, or multiplied from registers, at once
-UNITS = 4  # 3 where STAGES is 3, for shared memory is full
+UNITS = 4  # of PART widened columns: two tiles of a warpgroup's half
 STAGES = 2  # tiles in flight
-PLACES = 2  # of weights; 1 where STAGES is 3
-AHEAD = False  # whether the next tile's logits begin before a tile's weights are left
-LEAVE_AFTER = 8  # of the logits' products, 4 or 8, the weights are left then
+PLACES = 2  # of weights
 WIDE = jnp.float16  # holds every FP8 value exactly
 
 
 def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
-    """Shared memory and barriers of a CTA. The last place of the ring, or of the units, is the query's until its first
-    tile comes, and the results' on their way out; the interpreter, which has no operands in registers, keeps the query
-    apart."""
+    """Shared memory and barriers of a CTA. The last of the units is the query's until its first tile comes, and the
+    results' on their way out; the interpreter, which has no operands in registers, keeps the query apart."""
     dtype = p.kv_format.dtype
     narrow = swizzled(dtype, PIECE)
-    places = (2, STAGES if STAGES == 3 else UNITS)
-    query = plgpu.SMEM((*places, ROWS, HALF), dtype, transforms=narrow)
+    query = plgpu.SMEM((2, UNITS, ROWS, HALF), dtype, transforms=narrow)
     wide = plgpu.SMEM((2, UNITS, TILE, PART), WIDE, transforms=swizzled(WIDE, PART))
     out = [(d, 4 // d.itemsize) for d in (jnp.dtype(jnp.float32), jnp.dtype(p.out_dtype))]
-    results = [plgpu.SMEM((*places, n, ROWS, PIECE), d, transforms=swizzled(d, PIECE)) for d, n in out]
-    first = [] if STAGES == 3 else [wide]
+    results = [plgpu.SMEM((2, UNITS, n, ROWS, PIECE), d, transforms=swizzled(d, PIECE)) for d, n in out]
     return (
         state(form)
         | ring(p, narrow, STAGES)
-        | ({"halves": []} if STAGES == 3 else {})
         | {
             "q_ready": plgpu.Barrier(num_arrivals=3 * (ROWS // form.chunk)),
-            "memory": plgpu.RefUnion(*first, query, *results),
+            "memory": plgpu.RefUnion(wide, query, *results),
             "latent": [] if interpret is None else [plgpu.SMEM((2, ROWS, HALF), dtype, transforms=narrow)],
-            "wide": wide if STAGES == 3 else [],
             "p_tile": plgpu.SMEM((PLACES, ROWS, TILE), WIDE, transforms=swizzled(WIDE, TILE)),
         }
     )
@@ -61,15 +54,10 @@ class Worker(mosaic_paged.Worker):
     """The body of the kernel."""
 
     latent: Any  # the query's, if it is kept apart
-    wide: Any  # [half, unit, TILE, PART]
     p_tile: Any
 
     def __post_init__(self) -> None:
-        *first, query, partial, final = self.memory
-        if first:
-            (self.wide,) = first
-        else:
-            self.halves = query
+        self.wide, query, partial, final = self.memory  # [half, unit, TILE, PART]
         self.query = self.latent[0] if self.latent else query.at[:, 2]
         last = query.shape[1] - 1
         self.memory = [partial.at[:, last], final.at[:, last]]
@@ -82,7 +70,7 @@ class Worker(mosaic_paged.Worker):
         pieces = [self.query.at[half, :, pl.ds(at, PIECE)] for half in range(2) for at in range(0, HALF, PIECE)]
         factors = [self.factor(s, scale) for scale in self.x.q_scales]
         pieces = [self.in_registers(x, Layout.WGMMA_8BIT) for x in pieces]
-        return pieces, (factors[0], factors[1] / factors[0] if AHEAD else factors[1])
+        return pieces, factors
 
     def fetch_query(self, s: Segment, latent, rope) -> None:
         """The block's rows of the query; past the real ones, rows of others."""
@@ -103,87 +91,44 @@ class Worker(mosaic_paged.Worker):
         rows = plgpu.load(scale.at[pl.ds(s.row, ROWS)], layout=OVER_ROWS, optimized=False)
         return spread(rows * self.scale, TILE)
 
-    def begin_scores(self, s: Segment, query) -> tuple:
-        """The first tile's logits too: the next tile's are under way while a tile's weights are left."""
-        state = super().begin_scores(s, query)
-        return (*state, self.logits(s, query, s.count * 0)) if AHEAD else state
-
     def score_tile(self, s: Segment, query, t, state, masked: bool) -> tuple:
-        """Weights of one tile, and the next one's logits: the matrix unit has them while the other warpgroups get
-        ready for this one's values. Past the last tile they are those of an old one, and of no use."""
-        if PLACES == 2:
-            self.wait_free(t - 2)
-        if not AHEAD:
-            return super().score_tile(s, query, t, state, masked)
-        top, total, x = state
-        peak, keep, weight = self.weights(s, t, x, top, masked)
-        total = total * keep + jnp.sum(weight, axis=1)
-        weight = weight.astype(WIDE)
-        return peak, total, self.logits(s, query, t + 1, lambda: self.leave_weights(s, t, weight))
+        """Weights of one tile, up to one tile ahead of the values."""
+        self.wait_free(t - PLACES)
+        return super().score_tile(s, query, t, state, masked)
 
-    def logits(self, s: Segment, query, t, meanwhile=lambda: None):
+    def logits(self, s: Segment, query, t):
         """S [64, TILE] to base 2; both parts of the query have scales of their own."""
         slot, (pieces, factors) = lax.rem(t, jnp.int32(STAGES)), query
-        halves = self.halves_ready
 
-        def of_rope(acc) -> None:
-            plgpu.barrier_wait(self.ropes_ready.at[slot])
-            plgpu.wgmma(acc, self.q_rope, self.ropes.at[slot].transpose((1, 0)))
-
-        def of_latent(acc, half: int) -> None:
-            for i, q in enumerate(pieces[4 * half : 4 * half + 4]):
-                plgpu.wgmma(acc, q, self.halves.at[half, slot, :, pl.ds(i * PIECE, PIECE)].transpose((1, 0)))
-
-        def both(latent, rope):
+        def multiply(latent, rope):
             for half in range(2):
-                plgpu.barrier_wait(halves.at[half * STAGES + slot])
-                of_latent(latent, half)
-            of_rope(rope)
+                plgpu.barrier_wait(self.halves_ready.at[half * STAGES + slot])
+                for i, q in enumerate(pieces[4 * half : 4 * half + 4]):
+                    plgpu.wgmma(latent, q, self.halves.at[half, slot, :, pl.ds(i * PIECE, PIECE)].transpose((1, 0)))
+            plgpu.barrier_wait(self.ropes_ready.at[slot])
+            plgpu.wgmma(rope, self.q_rope, self.ropes.at[slot].transpose((1, 0)))
             return latent[...], rope[...]
 
-        def first(acc):
-            def wait() -> None:
-                for half in range(2):
-                    plgpu.barrier_wait(halves.at[half * STAGES + slot])
-                plgpu.barrier_wait(self.ropes_ready.at[slot])
-
-            pl.when(t < s.count)(wait)
-            plgpu.wgmma(acc, self.q_rope, self.ropes.at[slot].transpose((1, 0)))
-            return acc[...]
-
-        def second(acc) -> None:
-            for half in range(2):
-                of_latent(acc, half)
-                if 4 * half + 4 == LEAVE_AFTER:
-                    meanwhile()
-            pl.when(t + STAGES < s.count)(lambda: self.fetch_rope(s, t + STAGES))
-
-        if AHEAD:
-            x = pl.run_scoped(first, ACC((ROWS, TILE), jnp.float32)) * factors[1]
-            return add_product(x, second, self.interpret) * factors[0]
-        sums = pl.run_scoped(both, *[ACC((ROWS, TILE), jnp.float32)] * 2)
+        sums = pl.run_scoped(multiply, *[ACC((ROWS, TILE), jnp.float32)] * 2)
         pl.when(t + STAGES < s.count)(lambda: self.fetch_rope(s, t + STAGES))
         return sums[0] * factors[0] + sums[1] * factors[1]
 
     def weights_at(self, t):
-        """One place for all, or two by turns."""
+        """Two places by turns."""
         return self.p_tile.at[lax.rem(t, jnp.int32(PLACES))]
 
     def make_room(self, s: Segment, t) -> None:
-        """Until the last tile's weights have been used."""
-        if PLACES == 1:
-            self.wait_free(t - 1)
+        """There is room since the tile's logits were begun."""
 
     def after_scores(self, s: Segment) -> None:
         """No phase of a barrier is passed over."""
-        if PLACES == 2:
-            self.wait_free(s.count - 2)
+        self.wait_free(s.count - PLACES)
 
     # The warpgroups of the values
 
     def begin_values(self, s: Segment):
-        """Accumulators of two units, and the first tile widened, as far as there are units."""
-        for i in range(UNITS - 2):
+        """Accumulators of two units, and the first tile widened."""
+        for i in range(2):
             self.widen(s, jnp.int32(0), i)
         return self.zeros(PART), self.zeros(PART)
 
@@ -202,9 +147,7 @@ class Worker(mosaic_paged.Worker):
         plgpu.commit_smem()
 
     def ready_values(self, s: Segment, t) -> None:
-        """The second unit, where it has no place sooner, and nothing past the end."""
-        if UNITS == 3:
-            self.widen(s, t, 1)
+        """The tile has been widened; nothing is past the end."""
         self.clear(s, t)
 
     def clear(self, s: Segment, t) -> None:
@@ -226,17 +169,15 @@ class Worker(mosaic_paged.Worker):
 
     def after_alpha(self, s: Segment, t) -> None:
         """The tile has been widened, and its logits are known: its place takes the one after the next."""
-        if STAGES == 3:  # the third place was the query's
-            pl.when((t == 0) & (s.count > 2))(lambda: self.fetch_half(s, jnp.int32(2)))
         pl.when(t + STAGES < s.count)(lambda: self.fetch_half(s, t + STAGES))
 
     def add_values(self, s: Segment, t, acc):
-        """`acc` plus weights times values; meanwhile the next tile is widened, as far as there are units."""
+        """`acc` plus weights times values; meanwhile the next tile is widened."""
 
         def multiply(accs) -> None:
             for i, a in enumerate(accs):
                 plgpu.wgmma(a, self.weights_at(t), self.unit(t, i))
-            for i in range(UNITS - 2):
+            for i in range(2):
                 pl.when(t + 1 < s.count)(lambda i=i: self.widen(s, t + 1, i))
 
         return add_product(acc, multiply, self.interpret)

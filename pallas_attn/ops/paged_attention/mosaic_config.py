@@ -136,15 +136,11 @@ def candidates(p: Problem) -> Iterator[Config]:
 
 def heuristic(p: Problem) -> Config:
     """The configuration where no table knows better."""
-    form = form_of(p, Config())
-    tiles = p.seqs * -(-p.pages_per_seq * p.page_size // TILE)
-    if tiles * form.columns < FEW_TILES * SMS:
-        wanted = Config(1, 3, 2)  # little to do: latency counts, and fewer workers each begin and end once
-    elif pairs(p):
-        wanted = Config(2, 2, 2)
-    else:
-        # Registers: 128 of a thread let four CTAs share an SM, 168 three, 255 two, which leaves room for a third tile.
-        wanted = Config(1, 2, 4) if form.rows <= 8 else Config(1, 3, 2)
+    columns, tiles = form_of(p, Config()).columns, p.seqs * -(-p.pages_per_seq * p.page_size // TILE)
+    enough = tiles * columns >= FEW_TILES * SMS
+    # Two CTAs an SM have 255 registers a thread: more than 128 are needed, with which four would fit. Where there is
+    # little to do latency counts, and fewer workers each begin and end once.
+    wanted = Config(2, 2, 2) if enough and pairs(p) else Config(1, 3, 2)
     if wanted.ctas * shared_bytes(p, wanted) > SHARED:
         wanted = dataclasses.replace(wanted, stages=2)
     return dataclasses.replace(wanted, ctas=max(1, min(wanted.ctas, SHARED // shared_bytes(p, wanted))))
