@@ -13,6 +13,7 @@ from pallas_attn.ops.paged_attention.mosaic_prefill_crew import Crew
 from pallas_attn.ops.paged_attention.mosaic_prefill_plan import Block, sight
 from pallas_attn.ops.paged_attention.mosaic_worker import FAR, SCALE_RANK, scale_at, via_f32
 from pallas_attn.runtime.mosaic import ACC, LOG2E, OVER_COLUMNS, OVER_ROWS, ROWS, Layout, row_layout
+from pallas_attn.runtime.mosaic_softmax import added, lifted, rescaled, summed
 
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernel on a CPU
 COMPUTES = 200  # registers of a thread: all four warpgroups may have four times 128, or they would wait for ever
@@ -56,8 +57,9 @@ class Computer(Crew):
         """(sums of values, maximum, sum) of the rows over all tiles of the block."""
         form, s = self.form, self.s
         factor, tile = self.row_factor(), jnp.int32(form.tile)
-        whole_from = jnp.clip(lax.div(s.low_clear + (tile - 1), tile) - s.tile0, 1, s.count)
-        whole_to = jnp.clip(lax.div(s.clear, tile) - s.tile0, whole_from, s.count)
+        # Tiles that end past what every row sees, then those that all see, then those that begin before it.
+        ahead = jnp.clip(s.count - (lax.div(s.clear, tile) - s.tile0), 1, s.count)
+        behind = jnp.clip(s.count - (lax.div(s.low_clear + (tile - 1), tile) - s.tile0), ahead, s.count)
         floor = plgpu.layout_cast(jnp.full((ROWS,), FLOOR, jnp.float32), OVER_ROWS)
         zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), OVER_ROWS)
 
@@ -71,14 +73,14 @@ class Computer(Crew):
         def step(t, rows, masked):
             return self.accumulate(lambda logits: self.step(sums, logits, factor, t, rows, masked), 0)
 
+        rows = lax.fori_loop(1, ahead, lambda t, r: step(t, r, True), rows)
+        rows = lax.fori_loop(ahead, behind, lambda t, r: step(t, r, False), rows)
         if "window" in self.p.options:
-            rows = lax.fori_loop(1, whole_from, lambda t, r: step(t, r, True), rows)
-        rows = lax.fori_loop(whole_from, whole_to, lambda t, r: step(t, r, False), rows)
-        rows = lax.fori_loop(whole_to, s.count, lambda t, r: step(t, r, True), rows)
+            rows = lax.fori_loop(behind, s.count, lambda t, r: step(t, r, True), rows)
         self.multiply_values(sums, s.count - 1, rows.weights)
         result = [acc[...] for acc in sums]
         self.release_values(s.count - 1)
-        return result, rows.top, rows.total
+        return result, rows.top, summed(rows.total, INTERPRET is not None)
 
     def step(self, sums, logits, factor, t, rows, masked: bool):
         """The logits of tile t become weights while those of the tile before meet their values."""
@@ -91,7 +93,7 @@ class Computer(Crew):
         rows = rows._replace(weights=weights.astype(self.form.wide_type))
         self.release_values(t - 1)
         for acc, x in zip(sums, now, strict=True):
-            acc[...] = x * lax.broadcast_in_dim(keep, x.shape, [0])
+            acc[...] = rescaled(x, keep, INTERPRET is not None)
         return rows
 
     def slot(self, t, slots: int):
@@ -173,15 +175,14 @@ class Computer(Crew):
         late = not (capped or self.per_token or masked)  # the factor comes with the subtraction of the maximum
         if seen is not None:
             s = jnp.where(seen, s, FAR)
-        peak = jnp.max(s, axis=1)
-        peak = jnp.maximum(top, peak * factor if late else peak)
+        peak = lifted(s, factor if late else None, top, INTERPRET is not None)
         keep = jnp.exp2(top - peak)
         mass = weights = jnp.exp2((s * over(factor) if late else s) - over(peak))
         if log_scale is not None:  # the weight carries the value's scale, the sum must not
             mass = weights * along(jnp.exp2(-log_scale))
             if seen is not None:  # scales of tokens that are not there may be NaN
                 mass = jnp.where(seen, mass, 0.0)
-        total = total * keep + jnp.sum(mass, axis=1)
+        total = added(total * keep, mass, INTERPRET is not None)
         return _Rows(peak, total, weights), keep
 
     def cap(self, s):
@@ -197,7 +198,7 @@ class Computer(Crew):
         shape = (ROWS, form.tile)
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=OVER_ROWS)
         position = self.s.context + self.mine + lax.div(row, jnp.int32(form.part))
-        token = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=Layout.WGMMA) + (self.s.tile0 + t) * form.tile
+        token = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=Layout.WGMMA) + self.s.tile(t) * form.tile
         over = lambda x: lax.broadcast_in_dim(x, shape, [0])  # noqa: E731
         ahead, behind = sight(p, form, self.x, self.s.b)
         seen = token < over(jnp.minimum(position + ahead, self.s.kv_len))
@@ -244,18 +245,16 @@ class Computer(Crew):
                 x = x - (part.astype(jnp.float16) if form.operand in FP8 else part).astype(jnp.float32)
 
     def given_factor(self) -> None:
-        """The scales of a quantised query: one of all rows, each head's or each row's own."""
+        """The scales of a quantised query: each head's or each row's own, unless there is one of all rows."""
         p, scale = self.p, self.x.q_scale
 
         def of_row(i, g):
-            match len(scale.shape):
-                case 1:
-                    return scale[0]
-                case 2:
-                    return scale[self.s.unit, g]
+            if len(scale.shape) == 2:
+                return scale[self.s.unit, g]
             return scale[jnp.clip(self.s.start + self.mine + i, 0, p.tokens - 1), self.s.unit, g]
 
-        self.each_row(of_row)
+        if len(scale.shape) > 1:
+            self.each_row(of_row)
 
     def each_row(self, number) -> None:
         """`row_values` of the warpgroup: one number for every token and head."""
@@ -276,6 +275,8 @@ class Computer(Crew):
             scale = scale * scale_at(x.k_scale, rank, self.s.b, self.s.head)
         if "soft cap" not in p.options:
             scale = scale * jnp.float32(LOG2E)
+        if p.q_format.quantized and len(x.q_scale.shape) == 1:
+            return plgpu.layout_cast(jnp.full((ROWS,), scale * x.q_scale[0], jnp.float32), OVER_ROWS)
         return plgpu.load(self.row_values.at[self.role], layout=OVER_ROWS, optimized=False) * scale
 
     def finish(self, sums, top, total) -> None:

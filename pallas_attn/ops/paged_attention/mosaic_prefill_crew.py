@@ -114,7 +114,7 @@ class Crew:
 
     def pages(self, s: Block, t):
         """The pages of tile t of the block's; those of a tile that is not there are the last one's."""
-        tile = s.tile0 + jnp.minimum(t, s.count - 1)
+        tile = s.tile(jnp.minimum(t, s.count - 1))
         return tuple(self.page_of(s, tile, j) for j in range(max(self.form.tile // self.p.page_size, 1)))
 
 
@@ -181,7 +181,7 @@ class Loader(Crew):
                 pl.when(tiles + t >= slots)(lambda free=free, slot=slot: plgpu.barrier_wait(free.at[slot]))
                 size = min(self.p.page_size, form.tile)
                 for j, page in enumerate(pages):
-                    source = self.source(s, side, jnp.clip(page, 0, self.p.pages - 1), s.tile0 + t)
+                    source = self.source(s, side, jnp.clip(page, 0, self.p.pages - 1), s.tile(t))
                     plgpu.copy_gmem_to_smem(source, ring.at[slot, pl.ds(j * size, size)], here.at[slot])
             pl.when(t == 0)(lambda: self.load_queries(s, blocks))
             return following
@@ -229,7 +229,7 @@ class Preparer(Crew):
 
     def relay_values(self, s: Block, t, n) -> None:
         """Values of a tile where the matrix unit can read them, zero where no row looks: 0 x NaN is NaN."""
-        form, first = self.form, (s.tile0 + t) * self.form.tile
+        form, first = self.form, s.tile(t) * self.form.tile
         ends = first + form.tile > s.end
         slot, out = lax.rem(n, jnp.int32(form.values)), lax.rem(n, jnp.int32(form.value_slots(self.p)))
         plgpu.barrier_wait(self.v_here.at[slot])
@@ -274,7 +274,7 @@ class Preparer(Crew):
 
     def fetch_scales(self, s: Block, scale, to, t, slot) -> None:
         """Scales per token of a tile; copies by TMA would have to begin at multiples of 128 bytes."""
-        size, tile = min(self.p.page_size, self.form.tile), s.tile0 + t
+        size, tile = min(self.p.page_size, self.form.tile), s.tile(t)
         inside = self.inside(tile)
         for j, page in enumerate(self.pages(s, t)):
             page = jnp.clip(page, 0, self.p.pages - 1)

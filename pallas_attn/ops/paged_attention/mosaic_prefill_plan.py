@@ -95,6 +95,10 @@ class Block(NamedTuple):
         """Cached tokens before the step's."""
         return self.kv_len - self.q_len
 
+    def tile(self, t):
+        """The t-th tile to be worked on: from the last one down, so that where a mask is needed, nothing else waits."""
+        return self.tile0 + self.count - 1 - t
+
     def put(self, to) -> None:
         """Into shared memory, int32 [NUMBERS]."""
         for i, x in enumerate(self):
