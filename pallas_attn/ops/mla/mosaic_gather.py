@@ -1,8 +1,8 @@
 """Rows gathered from a cache into shared memory, and read from there: what Pallas has no word for.
 
 Every warp of a warpgroup copies the rows that it will read itself, a lane each, and asks for the next ones in their
-place as soon as it is done: no warp waits for another. All rows that land together are counted by one barrier, of which
-every thread has the phase in a word beside it.
+place as soon as it is done: no warp waits for another. All rows of a place are counted by one barrier, whose phase every
+thread has in a word of its own: Pallas does not tell where its barriers are.
 """
 
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
 
-from pallas_attn.runtime.mosaic import Layout
+from pallas_attn.runtime.mosaic import Layout, swizzled
 
 WARPS, THREADS = 4, 128  # of a warpgroup
 LANES = 16  # that share a row
-WORDS = 2 * THREADS  # of a barrier and its phases, the second half
+WORDS = 2 * THREADS  # of barriers, two each, and, the second half, their phases
 MOST_SCALE = 128.0  # times 448 is the largest in f16
 REF, NUMBER = plgpu.RefType(), Layout.WG_SPLAT(())
 
@@ -28,55 +28,74 @@ def layout_of(rows: int, columns: int):
     return Layout.TILED(Tiling(tiles), (-7,), (-3, -2), -1)
 
 
-def begin(turn) -> None:
-    """Make a barrier of int32 [WORDS]."""
+def begin(turns, places: int) -> None:
+    """Make barriers of int32 [WORDS]."""
 
     @plgpu.inline_mgpu(arg_types=(REF,))
-    def start(_, turn):
+    def start(_, turns):
         with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
-            nvvm.mbarrier_init(_barrier(turn).get_ptr(), _int(1))
+            for place in range(places):
+                nvvm.mbarrier_init(_barrier(turns, place).get_ptr(), _int(1))
             nvvm.fence_mbarrier_init()
-        memref.store(_int(0), turn, [_phase()])
+        memref.store(_int(0), turns, [_phases()])
         utils.commit_shared()
 
-    start(turn)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own
+    start(turns)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own
 
 
-def wait(turn) -> None:
-    """Until all rows of this turn have landed."""
+def wait(turns, place: int) -> None:
+    """Until all rows have landed in a place."""
 
     @plgpu.inline_mgpu(arg_types=(REF,))
-    def wait(_, turn):
-        phase = memref.load(turn, [_phase()])
-        memref.store(arith.xori(phase, _int(1)), turn, [_phase()])
-        _barrier(turn).wait_parity(arith.trunci(ir.IntegerType.get_signless(1), phase))
+    def wait(_, turns):
+        phases = memref.load(turns, [_phases()])
+        memref.store(arith.xori(phases, _int(1 << place)), turns, [_phases()])
+        phase = arith.shrui(phases, _int(place))
+        _barrier(turns, place).wait_parity(arith.trunci(ir.IntegerType.get_signless(1), phase))
 
-    wait(turn)  # type: ignore[reportCallIssue]
+    wait(turns)  # type: ignore[reportCallIssue]
 
 
-def gather(turn, landing, slots, cache, zeros, first, listed) -> None:
+def gather(turns, place: int, landing, slots, cache, zeros, first, listed) -> None:
     """Ask for the rows of `cache` that `slots` [first:] names, as many as `landing` [rows, bytes] takes; for `zeros` in
     place of what is none, or not below `listed`."""
     rows, pitch = landing.shape
     size = cache.shape[1] * jnp.dtype(cache.dtype).itemsize
 
     @plgpu.inline_mgpu(arg_types=(*(REF,) * 5, NUMBER, NUMBER))
-    def ask(_, turn, landing, slots, cache, zeros, first, listed):
-        lane, barrier = _lane(), _barrier(turn)
+    def ask(_, turns, landing, slots, cache, zeros, first, listed):
+        lane, barrier = _lane(), _barrier(turns, place)
         row = arith.addi(arith.muli(_warp(), _int(rows // WARPS)), lane)
         utils.warp_barrier()  # every lane has read what was there
         with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
             barrier.arrive_expect_tx(rows * size)
         with utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, _int(rows // WARPS))):
             at, end = arith.addi(first.registers.item(), row), listed.registers.item()
-            source = _source(slots, cache, zeros, at, end, size)
+            real, source = _source(slots, cache, at, end, size)
+            source = arith.select(real, source, utils.memref_ptr(zeros))
             to = _plus(utils.memref_ptr(landing), arith.muli(row, _int(pitch)))
             utils.inline_ptx(
                 f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], {size}, [$2];",
                 to, source, barrier.get_ptr(), has_side_effects=True,
             )  # fmt: skip
 
-    ask(turn, landing, slots, cache, zeros, first, listed)  # type: ignore[reportCallIssue]
+    ask(turns, landing, slots, cache, zeros, first, listed)  # type: ignore[reportCallIssue]
+
+
+def ask_ahead(slots, cache, first, listed, rows: int) -> None:
+    """Have rows that will be gathered brought into the L2 cache, as many as `rows`."""
+    size = cache.shape[1] * jnp.dtype(cache.dtype).itemsize
+
+    @plgpu.inline_mgpu(arg_types=(REF, REF, NUMBER, NUMBER))
+    def ask(_, slots, cache, first, listed):
+        lane = _lane()
+        at = arith.addi(first.registers.item(), arith.addi(arith.muli(_warp(), _int(rows // WARPS)), lane))
+        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, _int(rows // WARPS))):
+            real, source = _source(slots, cache, at, listed.registers.item(), size)
+            with utils.when(real):
+                utils.inline_ptx(f"cp.async.bulk.prefetch.L2.global [$0], {size};", source, has_side_effects=True)
+
+    ask(slots, cache, first, listed)  # type: ignore[reportCallIssue]
 
 
 def read(landing, at: int, columns: int, dtype):
@@ -117,6 +136,18 @@ def read_codes(landing, at: int, scales: int):
     return take(landing)  # type: ignore[reportCallIssue]
 
 
+def put(to, x) -> None:
+    """Store what was read in a part of a tile, 128 bytes wide or a multiple of it. Pallas has all warps wait before and
+    after a store; here none does."""
+    tiled = plgpu.RefType(swizzled(x.dtype, 64))
+
+    @plgpu.inline_mgpu(arg_types=(tiled, layout_of(*x.shape)))
+    def store(_, to, x):
+        x.store_tiled(to, swizzle=128)
+
+    store(to, x)  # type: ignore[reportCallIssue]
+
+
 # What is said above in MLIR
 
 
@@ -141,22 +172,21 @@ def _loads(kind, landing, at: int, width: int) -> list:
     return [llvm.load(kind, _plus(first, at + i * pitch), alignment=max(width, 4)) for i in range(0, rows // WARPS, 2)]
 
 
-def _source(slots, cache, zeros, at, listed, size: int):
-    """Where the row is that the list has at a place."""
+def _source(slots, cache, at, listed, size: int) -> tuple:
+    """(whether the list has a row at a place, where that is)."""
     i64 = ir.IntegerType.get_signless(64)
     slot = memref.load(slots, [arith.index_cast(ir.IndexType.get(), at)])
     end = _int(ir.MemRefType(cache.type).shape[0])
     real = arith.andi(arith.cmpi(arith.CmpIPredicate.ult, slot, end), arith.cmpi(arith.CmpIPredicate.slt, at, listed))
-    offset = arith.muli(arith.extui(i64, slot), arith.constant(i64, size))
-    return arith.select(real, _plus(utils.memref_ptr(cache), offset), utils.memref_ptr(zeros))
+    return real, _plus(utils.memref_ptr(cache), arith.muli(arith.extui(i64, slot), arith.constant(i64, size)))
 
 
-def _barrier(turn):
-    return utils.BarrierRef(utils.memref_ptr(turn), _int(0), None, 1)  # type: ignore[reportArgumentType]
+def _barrier(turns, place: int):
+    return utils.BarrierRef(utils.memref_ptr(turns), _int(place), None, 1)  # type: ignore[reportArgumentType]
 
 
-def _phase():
-    """Where the thread's phase is."""
+def _phases():
+    """Where the thread's phases are, a bit for each place."""
     thread = arith.remui(utils.thread_idx(), _int(THREADS))
     return arith.index_cast(ir.IndexType.get(), arith.addi(thread, _int(THREADS)))
 

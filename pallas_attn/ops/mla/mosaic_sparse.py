@@ -21,13 +21,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_attn.core.batch import TILE, padded
 from pallas_attn.ops.mla import mosaic_worker
 from pallas_attn.ops.mla.mosaic_form import HALF, ROPE, Form, Segment
-from pallas_attn.ops.mla.mosaic_gather import WORDS, begin, gather, wait
+from pallas_attn.ops.mla.mosaic_gather import WORDS, ask_ahead, begin, gather, put, wait
 from pallas_attn.ops.mla.mosaic_worker import FAR, PART, add_product, stages, state
 from pallas_attn.ops.mla.problem import Args, Problem
 from pallas_attn.ops.mla.terms import seen, tokens
 from pallas_attn.runtime.mosaic import ACC, OVER_COLUMNS, ROWS, Layout, swizzled
 
-LISTS = 4  # tiles' slots in flight
+AHEAD = 0  # tiles whose rows are asked into the L2 cache before they are gathered
+LISTS = 8 if AHEAD else 4  # tiles' slots in flight
 
 
 def keys(p: Problem, args: Args, rows: tuple) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def memory(p: Problem, form: Form, interpret, wide, landing: list) -> dict[str, 
         "q_ready": plgpu.Barrier(num_arrivals=3 * (ROWS // form.chunk)),
         "slots": plgpu.SMEM((LISTS, TILE), jnp.int32),
         "listed": plgpu.Barrier(num_barriers=LISTS),
-        "landed": [plgpu.SMEM((places, WORDS), jnp.int32)] if interpret is None else [
+        "landed": [plgpu.SMEM((2, WORDS), jnp.int32)] if interpret is None else [
             plgpu.Barrier(num_arrivals=landing[0].shape[1] * len(landing), num_barriers=places)
         ],
         "q_taken": plgpu.Barrier(),
@@ -108,8 +109,7 @@ class Worker(mosaic_worker.Worker):
         """Barriers first, then all sequences."""
         role = lax.axis_index("role")
         if self.interpret is None:
-            for i in range(self.places):
-                pl.when(role < 2)(lambda i=i: begin(self.landed[0].at[role * self.places + i]))
+            pl.when(role < 2)(lambda: begin(self.landed[0].at[role], self.places))
         super().run()
 
     # The warpgroup of the queries
@@ -192,6 +192,8 @@ class Worker(mosaic_worker.Worker):
             self.fetch_slots(s, jnp.int32(t))
 
         def first() -> None:
+            for t in range(1 + AHEAD):
+                self.await_slots(s, jnp.int32(t))
             for band in range(self.places):
                 self.gather(s, jnp.int32(0), band)
 
@@ -206,6 +208,21 @@ class Worker(mosaic_worker.Worker):
             )
         )
 
+    def await_slots(self, s: Segment, t) -> None:
+        """Until the slots of a tile are there; the rows of the last one that is asked for ahead are asked for."""
+        place = lax.rem(t, jnp.int32(LISTS))
+
+        def some() -> None:
+            plgpu.barrier_wait(self.listed.at[place])
+            if AHEAD and self.interpret is None:
+                first, rows = self.role * (TILE // 2), TILE // 2
+                listed = s.seq.kv_len - (s.tile0 + t) * TILE
+                pl.when(self.column == 0)(
+                    lambda: ask_ahead(self.slots.at[place], self.x.pages[0], first, listed, rows)
+                )
+
+        pl.when(t < s.count)(some)
+
     def place(self, band: int):
         """Where a band lands."""
         return self.role * self.places + band % self.places
@@ -218,13 +235,11 @@ class Worker(mosaic_worker.Worker):
     def gather(self, s: Segment, t, band: int) -> None:
         """Ask for a band of a tile's rows."""
         list_, place, rows = lax.rem(t, jnp.int32(LISTS)), self.place(band), self.rows(band)
-        if band == 0:
-            plgpu.barrier_wait(self.listed.at[list_])
         listed, half = s.seq.kv_len - (s.tile0 + t) * TILE, len(self.x.pages) // 2
         cache, zeros = self.x.pages[:half], self.x.pages[half:]
         if self.interpret is None:
-            to = self.landing[0].at[place]
-            gather(self.landed[0].at[place], to, self.slots.at[list_], cache[0], zeros[0], rows.start, listed)
+            turns, to, slots = self.landed[0].at[self.role], self.landing[0].at[place], self.slots.at[list_]
+            gather(turns, band % self.places, to, slots, cache[0], zeros[0], rows.start, listed)
             return
 
         def one(i, carry):
@@ -241,9 +256,12 @@ class Worker(mosaic_worker.Worker):
     def widen(self, s: Segment, t) -> None:
         """The warpgroup's rows of a tile made ready for the matrix unit."""
         slot = lax.rem(t, jnp.int32(2))
+        self.await_slots(s, t + 1 + AHEAD)
         for band in range(self.bands):
-            landed = self.landed[0].at[self.place(band)]
-            wait(landed) if self.interpret is None else plgpu.barrier_wait(landed)
+            if self.interpret is None:
+                wait(self.landed[0].at[self.role], band % self.places)
+            else:
+                plgpu.barrier_wait(self.landed[0].at[self.place(band)])
             self.convert(slot, band)
             later, following = divmod(band + self.places, self.bands)
             more = t + later < s.count
@@ -254,6 +272,13 @@ class Worker(mosaic_worker.Worker):
     def convert(self, slot, band: int) -> None:
         """What has landed to its place in the tile."""
         raise NotImplementedError
+
+    def put_rows(self, to, x) -> None:
+        """Put what was read in its place."""
+        if self.interpret is None:
+            put(to, x)
+        else:
+            to[...] = x
 
     def begin_values(self, s: Segment):
         """The result so far, and the first tile widened."""

@@ -39,8 +39,9 @@ class Worker(mosaic_sparse.Worker):
         rows, place = self.rows(band), self.place(band)
         for column in range(0, LATENT, PIECE):
             half, at = divmod(column, HALF)
-            self.memory[0].at[slot, half][rows, pl.ds(at, PIECE)] = self.landed_at(place, column, PIECE)
-        self.ropes[0][slot, rows] = self.landed_at(place, LATENT, ROPE)
+            to = self.memory[0].at[slot, half, rows, pl.ds(at, PIECE)]
+            self.put_rows(to, self.landed_at(place, column, PIECE))
+        self.put_rows(self.ropes[0].at[slot, rows], self.landed_at(place, LATENT, ROPE))
 
     def landed_at(self, place, column: int, count: int):
         """Columns of the rows that have landed."""

@@ -22,7 +22,7 @@ from pallas_attn.ops.mla.problem import Problem
 
 WIDE, PAIR = jnp.float16, jnp.bfloat16  # what is multiplied; what a row's bytes past the codes are read as
 GROUP = 128  # columns of one scale
-BANDS = 1
+BANDS = 2  # of a warpgroup's 32 rows of a tile: the first ones are asked for while the last are read
 
 
 def rows(p: Problem, pages, interpret) -> tuple:
@@ -55,8 +55,8 @@ class Worker(mosaic_sparse.Worker):
         rows, place = self.rows(band), self.place(band)
         for group in range(LATENT // GROUP):
             half, at = divmod(group * GROUP, HALF)
-            self.memory[0].at[slot, half][rows, pl.ds(at, GROUP)] = self.scaled(place, group)
-        self.ropes[0][slot, rows] = self.widened(self.rotary(place))
+            self.put_rows(self.memory[0].at[slot, half, rows, pl.ds(at, GROUP)], self.scaled(place, group))
+        self.put_rows(self.ropes[0].at[slot, rows], self.widened(self.rotary(place)))
 
     def scaled(self, place, group: int):
         """A group of columns of the rows that have landed, in f16."""
