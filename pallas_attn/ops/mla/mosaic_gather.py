@@ -1,7 +1,7 @@
 """Rows gathered from a cache into shared memory, and read from there: what Pallas has no word for.
 
 Every warp of a warpgroup copies the rows that it will read itself, a lane each, and asks for the next ones in their
-place as soon as it is done: no warp waits for another. All rows of a place are counted by one barrier, whose phase every
+place as soon as it is done: no warp waits for another. All rows of a place are counted by one barrier, whose phase each
 thread has in a word of its own: Pallas does not tell where its barriers are.
 """
 
@@ -205,4 +205,4 @@ def _lane():
 
 def _warp():
     """The warp's number in its warpgroup."""
-    return arith.remui(utils.warp_idx(), _int(WARPS))
+    return arith.remui(arith.divui(utils.thread_idx(), _int(32)), _int(WARPS))

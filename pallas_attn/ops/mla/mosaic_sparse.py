@@ -29,6 +29,7 @@ from pallas_attn.runtime.mosaic import ACC, OVER_COLUMNS, ROWS, Layout, swizzled
 
 AHEAD = 0  # tiles whose rows are asked into the L2 cache before they are gathered
 LISTS = 8 if AHEAD else 4  # tiles' slots in flight
+RESCALE_FIRST = False  # the result so far, before the next tile is widened
 
 
 def keys(p: Problem, args: Args, rows: tuple) -> dict[str, Any]:
@@ -217,9 +218,7 @@ class Worker(mosaic_worker.Worker):
             if AHEAD and self.interpret is None:
                 first, rows = self.role * (TILE // 2), TILE // 2
                 listed = s.seq.kv_len - (s.tile0 + t) * TILE
-                pl.when(self.column == 0)(
-                    lambda: ask_ahead(self.slots.at[place], self.x.pages[0], first, listed, rows)
-                )
+                pl.when(self.column == 0)(lambda: ask_ahead(self.slots.at[place], self.x.pages[0], first, listed, rows))
 
         pl.when(t < s.count)(some)
 
@@ -286,10 +285,20 @@ class Worker(mosaic_worker.Worker):
         return self.zeros(HALF)
 
     def ready_values(self, s: Segment, t) -> None:
-        """The next tile widened: the place of the last one is free."""
+        """The place of the last tile is free: for the next one."""
         self.wait_free(t - 1)
         self.fetch_slots(s, t + LISTS - 1)
         pl.when(t == 0)(lambda: plgpu.barrier_wait(self.q_taken))
+        if not RESCALE_FIRST:
+            self.widen_next(s, t)
+
+    def after_alpha(self, s: Segment, t) -> None:
+        """The result so far is scaled: time for the next tile."""
+        if RESCALE_FIRST:
+            self.widen_next(s, t)
+
+    def widen_next(self, s: Segment, t) -> None:
+        """The tile after t."""
         pl.when(t + 1 < s.count)(lambda: self.widen(s, t + 1))
 
     def add_values(self, s: Segment, t, acc):

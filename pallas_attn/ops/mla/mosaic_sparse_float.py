@@ -24,8 +24,9 @@ def rows(p: Problem, pages, interpret) -> tuple:
 
 def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
     """Shared memory and barriers of a CTA."""
-    shape, dtype = (2, TILE // 2 // Worker.bands, WIDTH), p.kv_format.dtype
-    landing = plgpu.SMEM((*shape[:2], WIDTH * dtype.itemsize), jnp.uint8) if interpret is None else plgpu.SMEM(shape, dtype)
+    dtype = p.kv_format.dtype
+    width, what = (WIDTH * dtype.itemsize, jnp.uint8) if interpret is None else (WIDTH, dtype)
+    landing = plgpu.SMEM((2 * Worker.places, TILE // 2 // Worker.bands, width), what)
     return memory(p, form, interpret, dtype, [landing])
 
 
