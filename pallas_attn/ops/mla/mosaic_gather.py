@@ -13,12 +13,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
 
+from pallas_attn.ops.mla.mosaic_worker import FAR
 from pallas_attn.runtime.mosaic import Layout, swizzled
 
 WARPS, THREADS = 4, 128  # of a warpgroup
 LANES = 16  # that share a row
 WORDS = 2 * THREADS  # of barriers, two each, and, the second half, their phases
 MOST_SCALE = 128.0  # times 448 is the largest in f16
+SEEN, UNSEEN = (int(np.float32(x).view(np.int32)) for x in (0, 2 * FAR))  # what is added to a logit, as its bits
 REF, NUMBER = plgpu.RefType(), Layout.WG_SPLAT(())
 
 
@@ -58,7 +60,7 @@ def wait(turns, place: int) -> None:
 
 def gather(turns, place: int, landing, slots, cache, zeros, first, listed) -> None:
     """Ask for the rows of `cache` that `slots` [first:] names, as many as `landing` [rows, bytes] takes; for `zeros` in
-    place of what is none, or not below `listed`."""
+    place of what is none, or not below `listed`. Slots are replaced by what their logits are to be masked with."""
     rows, pitch = landing.shape
     size = cache.shape[1] * jnp.dtype(cache.dtype).itemsize
 
@@ -73,6 +75,7 @@ def gather(turns, place: int, landing, slots, cache, zeros, first, listed) -> No
             at, end = arith.addi(first.registers.item(), row), listed.registers.item()
             real, source = _source(slots, cache, at, end, size)
             source = arith.select(real, source, utils.memref_ptr(zeros))
+            memref.store(arith.select(real, _int(SEEN), _int(UNSEEN)), slots, [_index(at)])
             to = _plus(utils.memref_ptr(landing), arith.muli(row, _int(pitch)))
             utils.inline_ptx(
                 f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], {size}, [$2];",
@@ -136,12 +139,12 @@ def read_codes(landing, at: int, scales: int):
     return take(landing)  # type: ignore[reportCallIssue]
 
 
-def put(to, x) -> None:
-    """Store what was read in a part of a tile, 128 bytes wide or a multiple of it. Pallas has all warps wait before and
-    after a store; here none does."""
+def put(to, x, layout=None) -> None:
+    """Store what was read, or an array of another layout, in a part of a tile, 128 bytes wide or a multiple of it.
+    Pallas has all warps wait before and after a store; here none does."""
     tiled = plgpu.RefType(swizzled(x.dtype, 64))
 
-    @plgpu.inline_mgpu(arg_types=(tiled, layout_of(*x.shape)))
+    @plgpu.inline_mgpu(arg_types=(tiled, layout or layout_of(*x.shape)))
     def store(_, to, x):
         x.store_tiled(to, swizzle=128)
 
@@ -175,7 +178,7 @@ def _loads(kind, landing, at: int, width: int) -> list:
 def _source(slots, cache, at, listed, size: int) -> tuple:
     """(whether the list has a row at a place, where that is)."""
     i64 = ir.IntegerType.get_signless(64)
-    slot = memref.load(slots, [arith.index_cast(ir.IndexType.get(), at)])
+    slot = memref.load(slots, [_index(at)])
     end = _int(ir.MemRefType(cache.type).shape[0])
     real = arith.andi(arith.cmpi(arith.CmpIPredicate.ult, slot, end), arith.cmpi(arith.CmpIPredicate.slt, at, listed))
     return real, _plus(utils.memref_ptr(cache), arith.muli(arith.extui(i64, slot), arith.constant(i64, size)))
@@ -188,7 +191,11 @@ def _barrier(turns, place: int):
 def _phases():
     """Where the thread's phases are, a bit for each place."""
     thread = arith.remui(utils.thread_idx(), _int(THREADS))
-    return arith.index_cast(ir.IndexType.get(), arith.addi(thread, _int(THREADS)))
+    return _index(arith.addi(thread, _int(THREADS)))
+
+
+def _index(x):
+    return arith.index_cast(ir.IndexType.get(), x)
 
 
 def _plus(pointer, offset):

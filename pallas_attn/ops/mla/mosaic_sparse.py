@@ -21,8 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_attn.core.batch import TILE, padded
 from pallas_attn.ops.mla import mosaic_worker
 from pallas_attn.ops.mla.mosaic_form import HALF, ROPE, Form, Segment
-from pallas_attn.ops.mla.mosaic_gather import WORDS, ask_ahead, begin, gather, put, wait
-from pallas_attn.ops.mla.mosaic_worker import FAR, PART, add_product, stages, state
+from pallas_attn.ops.mla.mosaic_gather import SEEN, UNSEEN, WORDS, ask_ahead, begin, gather, put, wait
+from pallas_attn.ops.mla.mosaic_worker import PART, add_product, stages, state
 from pallas_attn.ops.mla.problem import Args, Problem
 from pallas_attn.ops.mla.terms import seen, tokens
 from pallas_attn.runtime.mosaic import ACC, OVER_COLUMNS, ROWS, Layout, swizzled
@@ -97,7 +97,7 @@ class Worker(mosaic_worker.Worker):
     ropes: Any  # [slot, TILE, ROPE], which take the weights in the end, and the query's as it comes
     operands: Any  # what of the query is in shared memory
     landing: Any  # rows
-    slots: Any  # [tile, TILE]
+    slots: Any  # [tile, TILE], then masks
     listed: Any
     landed: Any
     q_taken: Any
@@ -169,13 +169,16 @@ class Worker(mosaic_worker.Worker):
         """A slot that is none may stand anywhere."""
 
     def masked(self, s: Segment, t, x):
-        """Logits, as good as -inf where there is no slot."""
-        place = lax.rem(t, jnp.int32(LISTS))
-        plgpu.barrier_wait(self.listed.at[place])
-        slot = plgpu.load(self.slots.at[place], layout=OVER_COLUMNS, optimized=False)
-        at = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=OVER_COLUMNS) + (s.tile0 + t) * TILE
-        real = (slot >= 0) & (slot < self.x.pages[0].shape[0]) & (at < s.seq.kv_len)
-        return x + lax.broadcast_in_dim(jnp.where(real, 0.0, 2 * FAR), x.shape, [1])
+        """Logits, as good as -inf where there is no slot: whoever gathered the rows has left that in the list."""
+        mask = plgpu.load(self.slots.at[lax.rem(t, jnp.int32(LISTS))], layout=OVER_COLUMNS, optimized=False)
+        return x + lax.broadcast_in_dim(lax.bitcast_convert_type(mask, jnp.float32), x.shape, [1])
+
+    def leave_weights(self, s: Segment, t, weight) -> None:
+        """No warp waits for another before all are done."""
+        target = self.weights_at(t)
+        self.put_array(target, weight.astype(target.dtype), Layout.WGMMA)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.p_ready.at[lax.rem(t, jnp.int32(2))])
 
     def weights_at(self, t):
         """The rotary part of the tile, which has been used by then."""
@@ -184,6 +187,13 @@ class Worker(mosaic_worker.Worker):
     def after_weights(self, s: Segment, t) -> None:
         """No phase of a barrier is passed over."""
         self.wait_free(t - 1)
+
+    def put_array(self, to, x, layout=None) -> None:
+        """Put an array, or, without a layout, what was read of rows, in its place."""
+        if self.interpret is None:
+            put(to, x, layout)
+        else:
+            to[...] = x
 
     # The warpgroups of the values
 
@@ -248,6 +258,7 @@ class Worker(mosaic_worker.Worker):
                 copy = lambda x, at, to=to: plgpu.copy_gmem_to_smem(x.at[at], to.at[place, i], self.landed[0].at[place])  # noqa: E731
                 pl.when(real)(lambda row=row, copy=copy: copy(row, slot))
                 pl.when(~real)(lambda none=none, copy=copy: copy(none, 0))
+            self.slots[list_, rows.start + i] = jnp.where(real, SEEN, UNSEEN)
             return carry
 
         lax.fori_loop(0, rows.size, one, jnp.int32(0))
@@ -271,13 +282,6 @@ class Worker(mosaic_worker.Worker):
     def convert(self, slot, band: int) -> None:
         """What has landed to its place in the tile."""
         raise NotImplementedError
-
-    def put_rows(self, to, x) -> None:
-        """Put what was read in its place."""
-        if self.interpret is None:
-            put(to, x)
-        else:
-            to[...] = x
 
     def begin_values(self, s: Segment):
         """The result so far, and the first tile widened."""

@@ -41,8 +41,8 @@ class Worker(mosaic_sparse.Worker):
         for column in range(0, LATENT, PIECE):
             half, at = divmod(column, HALF)
             to = self.memory[0].at[slot, half, rows, pl.ds(at, PIECE)]
-            self.put_rows(to, self.landed_at(place, column, PIECE))
-        self.put_rows(self.ropes[0].at[slot, rows], self.landed_at(place, LATENT, ROPE))
+            self.put_array(to, self.landed_at(place, column, PIECE))
+        self.put_array(self.ropes[0].at[slot, rows], self.landed_at(place, LATENT, ROPE))
 
     def landed_at(self, place, column: int, count: int):
         """Columns of the rows that have landed."""

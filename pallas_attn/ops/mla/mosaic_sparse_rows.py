@@ -55,8 +55,8 @@ class Worker(mosaic_sparse.Worker):
         rows, place = self.rows(band), self.place(band)
         for group in range(LATENT // GROUP):
             half, at = divmod(group * GROUP, HALF)
-            self.put_rows(self.memory[0].at[slot, half, rows, pl.ds(at, GROUP)], self.scaled(place, group))
-        self.put_rows(self.ropes[0].at[slot, rows], self.widened(self.rotary(place)))
+            self.put_array(self.memory[0].at[slot, half, rows, pl.ds(at, GROUP)], self.scaled(place, group))
+        self.put_array(self.ropes[0].at[slot, rows], self.widened(self.rotary(place)))
 
     def scaled(self, place, group: int):
         """A group of columns of the rows that have landed, in f16."""
