@@ -174,7 +174,7 @@ class Worker(mosaic_worker.Worker):
         return x + lax.broadcast_in_dim(lax.bitcast_convert_type(mask, jnp.float32), x.shape, [1])
 
     def leave_weights(self, s: Segment, t, weight) -> None:
-        """No warp waits for another before all are done."""
+        """No warp waits for another until all are done: they have since the rotary part was read, to leave alpha."""
         target = self.weights_at(t)
         self.put_array(target, weight.astype(target.dtype), Layout.WGMMA)
         plgpu.commit_smem()
