@@ -165,7 +165,7 @@ def check(rng, run, format, heads, tokens, page_size, q_format=None, **shape):
     out, lse = run(*arguments, scale=SCALE, out=jnp.float32, return_lse=True)
     want, want_lse = random.expected(SCALE)
     assert np.linalg.norm(out - want) <= 4e-3 * np.linalg.norm(want)
-    assert relative_error(out, want) <= 8e-3  # of any row
+    assert relative_error(out, want) <= (8e-3 if len(out) < 40 else 1.2e-2)  # of any row: prefill has up to 80,000
     np.testing.assert_allclose(lse, want_lse, atol=1e-2, rtol=1e-3)
 
 
