@@ -104,7 +104,7 @@ DECODE, PREFILL, LISTED_BF16 = {}, {"tokens": None}, {"topk": S((8, 64), jnp.int
     (DECODE, Arch.HOPPER, "mosaic", None),
     (DECODE | {"w_uv": S((128, 512, 128), jnp.bfloat16)}, Arch.HOPPER, "mosaic", None),
     (PREFILL, Arch.HOPPER, "triton", "mosaic: a batch of more than 8 query tokens a sequence"),
-    (LISTED_BF16, Arch.HOPPER, "triton", "mosaic: no listed keys of a BF16 cache"),
+    (LISTED_BF16, Arch.HOPPER, "mosaic", None),
     ({"format": "F32", "heads": 64}, Arch.HOPPER, "xla", "triton: no BF16 query on a F32 cache"),
     (DECODE, Arch.AMPERE, "triton", "mosaic: only on HOPPER"),
 ], ids=["decode", "projected", "prefill", "listed", "f32", "ampere"])  # fmt: skip

@@ -163,7 +163,7 @@ def widened(args) -> tuple[list[int], tuple[jax.Array, ...], Callable]:
             full[i] = x.astype(leaves[i].dtype)
         return jax.tree.unflatten(tree, full)
 
-    return wide, tuple(leaves[i].astype(jnp.float32) for i in wide), rebuild
+    return wide, tuple(jnp.asarray(leaves[i], jnp.float32) for i in wide), rebuild
 
 
 def pull_back(run: Callable, args, cotangents: tuple) -> list[jax.Array | None]:

@@ -66,23 +66,11 @@ class Worker(mosaic_paged.Worker):
 
     def load_query(self, s: Segment):
         """(pieces of the query in registers, what turns sums of codes into logits for either part)."""
-        self.fetch_query(s, self.query, self.q_rope)
+        self.fetch_halves(s, self.query, self.q_rope)
         pieces = [self.query.at[half, :, pl.ds(at, PIECE)] for half in range(2) for at in range(0, HALF, PIECE)]
         factors = [self.factor(s, scale) for scale in self.x.q_scales]
         pieces = [self.in_registers(x, Layout.WGMMA_8BIT) for x in pieces]
         return pieces, factors
-
-    def fetch_query(self, s: Segment, latent, rope) -> None:
-        """The block's rows of the query; past the real ones, rows of others."""
-        chunk, last = self.form.chunk, self.p.tokens * self.form.heads - self.form.chunk
-        for at in range(0, ROWS, chunk):
-            row = pl.multiple_of(jnp.minimum(s.row + at, last), chunk)
-            rows, to = pl.ds(row, chunk), pl.ds(at, chunk)
-            for half in range(2):
-                source = self.x.q_latent.at[rows, pl.ds(half * HALF, HALF)]
-                plgpu.copy_gmem_to_smem(source, latent.at[half, to], self.q_ready)
-            plgpu.copy_gmem_to_smem(self.x.q_rope.at[rows], rope.at[to], self.q_ready)
-        plgpu.barrier_wait(self.q_ready)
 
     def factor(self, s: Segment, scale):
         """A number, or one for each row [64, TILE]."""

@@ -109,15 +109,7 @@ class Worker(mosaic_worker.Worker):
     def load_query(self, s: Segment):
         """The query's latent in halves, and its rotary part, in f16."""
         raw, raw_rope = self.memory[1].at[1], self.ropes[1].at[1]  # where the second tile will be
-        chunk, last = self.form.chunk, self.p.tokens * self.form.heads - self.form.chunk
-        for at in range(0, ROWS, chunk):
-            row = pl.multiple_of(jnp.minimum(s.row + at, last), chunk)
-            rows, to = pl.ds(row, chunk), pl.ds(at, chunk)
-            for half in range(2):
-                source = self.x.q_latent.at[rows, pl.ds(half * HALF, HALF)]
-                plgpu.copy_gmem_to_smem(source, raw.at[half, to], self.q_ready)
-            plgpu.copy_gmem_to_smem(self.x.q_rope.at[rows], raw_rope.at[to], self.q_ready)
-        plgpu.barrier_wait(self.q_ready)
+        self.fetch_halves(s, raw, raw_rope)
         first, second, rope = (
             self.widened(plgpu.load(x, layout=Layout.WGMMA)) for x in (raw.at[0], raw.at[1], raw_rope)
         )

@@ -133,6 +133,18 @@ class Worker:
         """An operand of the matrix unit; the interpreter reads them from shared memory only."""
         return plgpu.load(ref, layout=layout) if self.interpret is None else ref
 
+    def fetch_halves(self, s: Segment, latent, rope) -> None:
+        """The block's rows of the query, the latent in halves; past the real ones, rows of others."""
+        chunk, last = self.form.chunk, self.p.tokens * self.form.heads - self.form.chunk
+        for at in range(0, ROWS, chunk):
+            row = pl.multiple_of(jnp.minimum(s.row + at, last), chunk)
+            rows, to = pl.ds(row, chunk), pl.ds(at, chunk)
+            for half in range(2):
+                source = self.x.q_latent.at[rows, pl.ds(half * HALF, HALF)]
+                plgpu.copy_gmem_to_smem(source, latent.at[half, to], self.q_ready)
+            plgpu.copy_gmem_to_smem(self.x.q_rope.at[rows], rope.at[to], self.q_ready)
+        plgpu.barrier_wait(self.q_ready)
+
     def prime_scores(self, s: Segment) -> None:
         """Ask for the first tiles of a segment, as far as this warpgroup does."""
         raise NotImplementedError
@@ -162,15 +174,16 @@ class Worker:
         """Weights of all the segment's tiles, then the rows' sums."""
         query = self.load_query(s)
         plain = self.unmasked(s)
-        state = self.begin_scores(s, query)
+        zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), OVER_ROWS)
+        state = (zero + FAR, zero)
 
         def loop(low, high, state, masked: bool):
             return lax.fori_loop(low, high, lambda t, c: self.score_tile(s, query, t, c, masked), state)
 
         if plain is None:
-            top, total, *_ = loop(0, s.count, state, masked=True)
+            top, total = loop(0, s.count, state, masked=True)
         else:
-            top, total, *_ = loop(plain, s.count, loop(0, plain, state, masked=False), masked=True)
+            top, total = loop(plain, s.count, loop(0, plain, state, masked=False), masked=True)
         some = jnp.where(total > 0, total, 1.0)
         self.row_tile[0] = jnp.where(total > 0, 1.0 / some, 0.0)
         self.row_tile[1] = jnp.where(total > 0, top + jnp.log2(some), FAR)
@@ -182,11 +195,6 @@ class Worker:
         following()
         plgpu.barrier_wait(self.left)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    def begin_scores(self, s: Segment, query) -> tuple:
-        """The maximum and the sum of each row so far, and whatever else passes from tile to tile."""
-        zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), OVER_ROWS)
-        return zero + FAR, zero
 
     def score_tile(self, s: Segment, query, t, state, masked: bool) -> tuple:
         """Weights of one tile."""
