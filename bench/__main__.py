@@ -24,6 +24,7 @@ KINDS = {  # by `case.op`
     "indexer": indexing,
     "mla": mla,
     "mla_sparse": mla,
+    "mla_prefill": mla,
     "mla_layer": mla_layer,
     "quantize": quantizing,
 }

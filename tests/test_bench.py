@@ -99,7 +99,16 @@ def test_mla_has_the_floors_of_the_table(row):
     assert case.best_peer[0] == row["best_peer"]
 
 
-@pytest.mark.parametrize("name", ["mla_h16_b32_c4096_kvfp8", "mlasp_h128_b32_k2048_gq"])
+def test_mla_prefill_counts_what_is_seen():
+    case = mla.all_cases()["mla_h128_1x2k_kvbf16"]
+    assert case.flops == 2 * 128 * 1088 * sum(range(1, 2049))
+    assert case.bytes == 2048 * (1152 + 128 * (1152 + 1024))
+    chunk = mla.all_cases()["mla_h128_4xchunk512_16k_kvfp8"]
+    assert chunk.flops == 4 * 2 * 128 * 1088 * sum(range(16384 - 511, 16385))
+    assert chunk.floor_us == pytest.approx(chunk.flops / 1979e6)
+
+
+@pytest.mark.parametrize("name", ["mla_h16_b32_c4096_kvfp8", "mlasp_h128_b32_k2048_gq", "mla_h16_4x2k_kvbf16"])
 def test_mla_runs_and_is_right(name):
     line = bench.one(mla.all_cases()[name].small(), "xla", 1)
     assert isinstance(line, record.Result)

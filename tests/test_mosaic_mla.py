@@ -94,8 +94,8 @@ def test_more_lowers(name):
 
 
 REFUSED = {
-    "prefill": ({"tokens": None}, "batch.max_q_len <= 8"),
-    "nine tokens": ({"tokens": 9}, "batch.max_q_len <= 8"),
+    "prefill": ({"tokens": None}, "more than 8 query tokens a sequence has yet to run on a GPU"),
+    "nine tokens": ({"tokens": 9}, "more than 8 query tokens a sequence has yet to run on a GPU"),
     "f32": ({"format": "F32"}, "no F32 cache"),
     "e5m2": ({"format": "E5M2_TENSOR", "q_format": "E5M2_TENSOR"}, "no E5M2_TENSOR cache"),
     "page": ({"page_size": 8}, "no page size 8"),
@@ -165,7 +165,7 @@ def check(rng, run, format, heads, tokens, page_size, q_format=None, **shape):
     out, lse = run(*arguments, scale=SCALE, out=jnp.float32, return_lse=True)
     want, want_lse = random.expected(SCALE)
     assert np.linalg.norm(out - want) <= 4e-3 * np.linalg.norm(want)
-    assert relative_error(out, want) <= 8e-3  # of any row
+    assert relative_error(out, want) <= (8e-3 if len(out) < 40 else 1.2e-2)  # of any row: prefill has up to 80,000
     np.testing.assert_allclose(lse, want_lse, atol=1e-2, rtol=1e-3)
 
 

@@ -34,6 +34,13 @@ def tiles_of(kv_lens, q_lens, pages: int, window=None):
     return jnp.where(q_lens > 0, tiles, 0)
 
 
+def before_each(tiles) -> Int[Array, "P"]:
+    """`Schedule.before` of sequences that have so many tiles [B]."""
+    spare = padded(len(tiles)) - len(tiles) - 1
+    before = jnp.pad(jnp.cumsum(tiles).astype(jnp.int32), (1, 0))
+    return jnp.pad(before, (0, spare), constant_values=np.iinfo(np.int32).max)
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("before",), meta_fields=("window",))
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -125,9 +132,7 @@ class RaggedBatch:
         q_lens = (self.cu_q_lens[1:] - self.cu_q_lens[:-1]).astype(jnp.int32)
         q_lens = q_lens if most is None else jnp.where(q_lens > most, 0, q_lens)
         tiles = tiles_of(self.kv_lens.astype(jnp.int32), q_lens, pages, window)
-        before = jnp.cumsum(jnp.where(jnp.arange(seqs) < self.live, tiles, 0)).astype(jnp.int32)
-        spare = padded(seqs) - seqs - 1
-        return jnp.pad(jnp.pad(before, (1, 0)), (0, spare), constant_values=np.iinfo(np.int32).max)
+        return before_each(jnp.where(jnp.arange(seqs) < self.live, tiles, 0))
 
     @property
     def live(self) -> Array:

@@ -12,29 +12,30 @@ from pallas_attn.core.quantized import Quantized
 from pallas_attn.ops.mla import (
     mosaic_float,
     mosaic_fp8,
+    mosaic_pieces,
     mosaic_sparse,
     mosaic_sparse_float,
     mosaic_sparse_rows,
     mosaic_up,
 )
 from pallas_attn.ops.mla.mosaic_finish import as_results, grouped, result_arrays
-from pallas_attn.ops.mla.mosaic_form import LATENT, ROPE, Form, Inputs, form_of
+from pallas_attn.ops.mla.mosaic_form import LATENT, MOST_SEQS, MOST_TOKENS, ROPE, Form, Inputs, form_of, in_pieces
 from pallas_attn.ops.mla.mosaic_merge import merge
 from pallas_attn.ops.mla.problem import Args, Problem
 from pallas_attn.runtime.mosaic import ROWS
 
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernels on a CPU
-MOST_SEQS = 8192
-MOST_TOKENS = 8
+PIECES = False  # a test sets it to run what a GPU has yet to run: more query tokens of a sequence than MOST_TOKENS
 STORED = (jnp.bfloat16, jnp.float16, E4M3)
 
 
 def supports(p: Problem) -> str | None:
     """None, or what of the problem these kernels cannot do."""
-    tokens, out, rows = p.max_q_len or MOST_TOKENS + 1, p.out_format, p.kv_format == FP8_DS_MLA
+    out, rows = p.out_format, p.kv_format == FP8_DS_MLA
     refusals = {
         "an empty call": p.empty,
-        f"it needs batch.max_q_len <= {MOST_TOKENS} or a list of keys": tokens > MOST_TOKENS and not p.topk,
+        f"a batch of more than {MOST_TOKENS} query tokens a sequence has yet to run on a GPU": in_pieces(p)
+        and not PIECES,
         f"no latent of {p.latent_dim} with a rotary part of {p.rope_dim}": (p.latent_dim, p.rope_dim) != (LATENT, ROPE),
         f"no {p.kv_format} cache with a list of keys": bool(p.topk) and p.kv_format.granularity == "tensor",
         f"no {p.kv_format} cache without a list of keys": not p.topk and rows,
@@ -78,7 +79,7 @@ def _one(x) -> jax.Array:
 def _inputs(p: Problem, form: Form, args: Args) -> Inputs:
     parts = [_rows(p, form, q.values if isinstance(q, Quantized) else q) for q in (args.q_latent, args.q_rope)]
     scales = tuple(_row_scales(p, form, q) for q in (args.q_latent, args.q_rope))
-    where = _listed(p, args) if p.topk else _pages(p, args)
+    where = _listed(p, args) if p.topk else _pages(p, form, args)
     return Inputs(
         parts[0], parts[1], **where, scale=_one(args.scale), cache_scale=_one(args.cache.scale), q_scales=scales,
         out_scale=_one(args.out_scale),
@@ -97,13 +98,15 @@ def _listed(p: Problem, args: Args) -> dict[str, Any]:
     return mosaic_sparse.keys(p, args, _kind(p).rows(p, args.cache.pages, INTERPRET))
 
 
-def _pages(p: Problem, args: Args) -> dict[str, Any]:
-    """The cache, and which tiles of it each sequence has."""
+def _pages(p: Problem, form: Form, args: Args) -> dict[str, Any]:
+    """The cache, and which tiles of it each sequence has, or each piece."""
     batch, i32 = args.batch, lambda x: jnp.asarray(x, jnp.int32)
+    where = {"pages": args.cache.pages, "page_table": i32(batch.page_table)}
+    if in_pieces(p):
+        return where | mosaic_pieces.cut(p, form, batch)
     plan = batch.schedule
-    return {
-        "pages": args.cache.pages, "page_table": i32(batch.page_table), "kv_lens": i32(batch.kv_lens),
-        "cu_q_lens": i32(batch.cu_q_lens),
+    return where | {
+        "owners": None, "kv_lens": i32(batch.kv_lens), "cu_q_lens": i32(batch.cu_q_lens),
         "live": jnp.reshape(i32(p.seqs if batch.num_seqs is None else batch.num_seqs), (1,)),
         "before": plan.before if plan is not None and plan.window is None else batch.tiles_before(),
     }  # fmt: skip
@@ -127,12 +130,12 @@ def _row_scales(p: Problem, form: Form, q) -> jax.Array:
 
 
 def attend(p: Problem, form: Form, x: Inputs) -> list[jax.Array]:
-    """The first launch: results of the sequences that one worker reads, partial ones [W + B, columns, 64, C] of the
+    """The first launch: results of the sequences that one worker reads, partial ones [2 W, columns, 64, C] of the
     others, and the logarithms of all rows' sums [W + B, columns, 64]."""
     leaves, tree = jax.tree.flatten(x)
-    slots = (form.workers + form.seqs, form.columns, ROWS)
-    out = [*result_arrays(p, form)]
-    out += [jax.ShapeDtypeStruct((*slots, LATENT), jnp.float32), jax.ShapeDtypeStruct(slots, jnp.float32)]
+    partial = (2 * form.workers, form.columns, ROWS, LATENT)
+    stats = (form.workers + form.seqs, form.columns, ROWS)
+    out = [*result_arrays(p, form), *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (partial, stats))]
     kind = _kind(p)
 
     def body(*refs, **scratch):

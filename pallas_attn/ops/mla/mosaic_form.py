@@ -16,13 +16,16 @@ LATENT, ROPE = 512, 64  # the one shape of a row that the kernels know
 HALF = LATENT // 2  # value columns of one warpgroup
 SLACK = 8  # tiles more for a worker, which take as long as what whole sequences spare
 CHUNK = 512  # sequences that the search for a worker's first one looks at at once
+MOST_SEQS = 8192
+MOST_TOKENS = 8  # of a sequence that is not cut into pieces
 
 
 class Form(NamedTuple):
     """The static shape of the kernels for one problem.
 
     All heads of all query tokens of a sequence are rows: row t * heads + h is head h of its token t. They are cut into
-    blocks of 64, one for each CTA of those that share a stretch of tiles.
+    blocks of 64, one for each CTA of those that share a stretch of tiles. A sequence may be a piece of one: some of its
+    query tokens (`mosaic_pieces`).
     """
 
     heads: int  # rounded up to 8
@@ -31,16 +34,32 @@ class Form(NamedTuple):
     rows: int  # real rows of a block, at most
     workers: int  # stretches of tiles
     tokens: int  # of a sequence, at most
-    seqs: int  # where keys are listed, every token is a sequence of its own
+    seqs: int  # where keys are listed, every token is a sequence of its own; or pieces, at most
 
 
 def form_of(p: Problem, workers: int | None = None) -> Form:
     """The form of a problem that `supports` takes."""
-    heads, tokens = padded_heads(p), 1 if p.topk else p.max_q_len or 1
+    heads = padded_heads(p)
+    chunk = math.gcd(heads, ROWS)
+    tokens, seqs = (1, p.tokens) if p.topk else (p.max_q_len or 1, p.seqs)
+    if in_pieces(p):
+        tokens, seqs = pieces(p, ROWS // chunk)
     columns = -(-heads * tokens // ROWS)
-    workers = workers or max(SMS // columns, 1)
-    seqs = p.tokens if p.topk else p.seqs
-    return Form(heads, math.gcd(heads, ROWS), columns, min(heads * tokens, ROWS), workers, tokens, seqs)
+    return Form(heads, chunk, columns, min(heads * tokens, ROWS), workers or max(SMS // columns, 1), tokens, seqs)
+
+
+def in_pieces(p: Problem) -> bool:
+    """Whether sequences may have so many query tokens that they are cut."""
+    return not p.topk and (p.max_q_len or MOST_TOKENS + 1) > MOST_TOKENS
+
+
+def pieces(p: Problem, fill: int) -> tuple[int, int]:
+    """(query tokens of a piece, pieces at most), where `fill` tokens fill blocks of rows: more only where there would
+    be too many pieces."""
+    tokens = fill
+    while (count := (p.tokens + p.seqs * (tokens - 1)) // tokens) > MOST_SEQS and tokens < p.tokens:
+        tokens *= 2
+    return tokens, count
 
 
 def padded_heads(p: Problem) -> int:
@@ -55,6 +74,7 @@ class Inputs(NamedTuple):
     q_rope: Any  # [T * heads, R]
     pages: Any  # [N, S, C + R], or rows of bytes [N * S, 656]
     page_table: Any  # where keys are listed, their slots [T, tiles, TILE]
+    owners: Any  # the row of the page table of each piece; None where sequences are whole
     kv_lens: Any
     cu_q_lens: Any
     live: Any  # [1]
@@ -80,9 +100,9 @@ class Sequence(NamedTuple):
         q_len = jnp.where(b < x.live[0], jnp.clip(end - start, 0, form.tokens), 0)
         return cls(jnp.clip(x.kv_lens[b], 0, p.keys), start, q_len)
 
-    def only_real(self, count):
-        """Rows or tiles, none where there are no keys: a schedule of listed keys may count some."""
-        return jnp.where(self.kv_len > 0, count, 0)
+    def tiles(self, counted):
+        """Its tiles: a schedule may count more of them than there are."""
+        return jnp.minimum(counted, lax.div(self.kv_len + (TILE - 1), jnp.int32(TILE)))
 
 
 class Segment(NamedTuple):
@@ -90,12 +110,23 @@ class Segment(NamedTuple):
 
     b: Any
     seq: Sequence
-    slot: Any  # of the partial result
+    pages: Any  # its row of the page table
+    worker: Any
     tile0: Any  # its first tile of the sequence
     count: Any  # tiles; none where the sequence has no such rows
     whole: Any  # whether those are all tiles of the sequence
     row: Any  # the block's first row among those of the step
     rows: Any  # real ones
+
+    @property
+    def slot(self):
+        """Where the sums of its rows go: worker and sequence both rise along the list, so no two pairs share one."""
+        return self.worker + self.b
+
+    @property
+    def partial_slot(self):
+        """Where a partial result goes: a worker has no more than the end of a sequence and the beginning of one."""
+        return 2 * self.worker + (self.tile0 == 0).astype(jnp.int32)
 
 
 def share(x: Inputs, form: Form):
@@ -121,22 +152,21 @@ def find(before, first, last):
 def segment(p: Problem, form: Form, x: Inputs, b, worker, column, start, end) -> Segment:
     """What a worker that has the tiles `start` to `end` of the list reads of sequence b."""
     seq, begin, following = Sequence.read(p, form, x, b), x.before[b], x.before[b + 1]
+    tiles = seq.tiles(following - begin)
     tile0 = jnp.maximum(start - begin, 0)
-    last = jnp.minimum(end, following) - begin
-    rows = seq.only_real(jnp.clip(seq.q_len * form.heads - column * ROWS, 0, ROWS))
-    whole = (tile0 == 0) & (last == following - begin)
-    # Both worker and sequence rise along the list, so no two pairs share a slot.
-    return Segment(
-        b, seq, worker + b, tile0, jnp.where(rows > 0, last - tile0, 0), whole,
-        seq.start * form.heads + column * ROWS, rows,
-    )  # fmt: skip
+    last = jnp.minimum(end - begin, tiles)
+    rows = jnp.clip(seq.q_len * form.heads - column * ROWS, 0, ROWS)
+    count = jnp.where(rows > 0, jnp.maximum(last - tile0, 0), 0)
+    whole = (tile0 == 0) & (last == tiles)
+    pages = b if x.owners is None else x.owners[b]
+    return Segment(b, seq, pages, worker, tile0, count, whole, seq.start * form.heads + column * ROWS, rows)
 
 
 def page_of(p: Problem, x: Inputs, s: Segment, tile, part: int):
     """Page of a part of a tile, kept inside the table and the cache; the last real page past the end."""
     column = lax.div(tile * TILE, jnp.int32(p.page_size)) + part
     column = jnp.minimum(column, lax.div(jnp.maximum(s.seq.kv_len - 1, 0), jnp.int32(p.page_size)))
-    return jnp.clip(x.page_table[s.b, column], 0, p.pages - 1)
+    return jnp.clip(x.page_table[s.pages, column], 0, p.pages - 1)
 
 
 def inside(p: Problem, tile):

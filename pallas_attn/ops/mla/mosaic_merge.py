@@ -71,16 +71,16 @@ class Merge:
     def run(self, followed: bool) -> None:
         """One tile."""
         p, form = self.p, self.form
-        b, self.number, self.band = (lax.axis_index(name) for name in ("seq", "tile", "band"))
+        self.b, self.number, self.band = (lax.axis_index(name) for name in ("seq", "tile", "band"))
+        b = self.b
         seq = Sequence.read(p, form, self.x, b)
         first = self.number * self.tall  # of the sequence's rows
         self.row, self.real = seq.start * form.heads + first, jnp.clip(seq.q_len * form.heads - first, 0, self.tall)
         self.column, self.at = lax.div(first, jnp.int32(ROWS)), lax.rem(first, jnp.int32(ROWS))
         _, each = share(self.x, form)
-        count = seq.only_real(self.before[b + 1] - self.before[b])
+        count = seq.tiles(self.before[b + 1] - self.before[b])
         self.low = lax.div(self.before[b], each)
-        self.parts = jnp.where(count > 0, lax.div(self.before[b + 1] - 1, each) - self.low + 1, 0)
-        self.first_slot = self.low + b
+        self.parts = jnp.where(count > 0, lax.div(self.before[b] + count - 1, each) - self.low + 1, 0)
         if self.interpret is None:  # launched before the workers have ended: nothing of theirs is read sooner
             plgpu.griddepcontrol_wait()
             if followed:
@@ -89,16 +89,22 @@ class Merge:
         pl.when((self.real > 0) & wanted)(self.add_up)
         pl.when(self.number == 0)(lambda: self.clear(b))
 
-    def slots(self, i, together: int) -> list:
-        """(slot, what keeps it out of the sum) of the i-th partial results of those that are read together."""
+    def readers(self, i, together: int) -> list:
+        """(worker, what keeps it out of the sum) of the i-th partial results of those that are read together."""
         index = [i * together + j for j in range(together)]
-        return [(self.first_slot + jnp.minimum(j, self.parts - 1), jnp.where(j < self.parts, 0.0, FAR)) for j in index]
+        return [(self.low + jnp.minimum(j, self.parts - 1), jnp.where(j < self.parts, 0.0, FAR)) for j in index]
 
-    def sums(self, slots: list) -> list:
+    def sums(self, readers: list) -> list:
         """The logarithms [tall] of partial results' sums."""
         rows = pl.ds(self.at, self.tall)
         load = lambda s: plgpu.load(self.stats.at[s, self.column, rows], layout=self.of_rows, optimized=False)  # noqa: E731
-        return [load(slot) + far for slot, far in slots]
+        return [load(worker + self.b) + far for worker, far in readers]
+
+    def values(self, worker):
+        """The tile of a worker's partial result: the first one has the sequence's beginning."""
+        slot = 2 * worker + (worker == self.low).astype(jnp.int32)
+        at = slot, self.column, pl.ds(self.at, self.tall), pl.ds(self.band * PART, PART)
+        return plgpu.load(self.partial.at[at], layout=self.layout, optimized=False)
 
     def steps(self, together: int):
         """How often so many have to be read."""
@@ -110,7 +116,7 @@ class Merge:
 
         def count(i, state):
             top, total = state
-            each = self.sums(self.slots(i, self.together[0]))
+            each = self.sums(self.readers(i, self.together[0]))
             peak = top
             for s in each:
                 peak = jnp.maximum(peak, s)
@@ -129,14 +135,13 @@ class Merge:
 
     def add_values(self, base) -> None:
         """The sum of partial results, each with its weight."""
-        shape, columns = (self.tall, PART), pl.ds(self.band * PART, PART)
+        shape = (self.tall, PART)
         spread = lambda v: lax.broadcast_in_dim(v, shape, [0])  # noqa: E731
 
         def add(i, acc):
-            slots = self.slots(i, self.together[1])
-            weights = [jnp.exp2(s - base) for s in self.sums(slots)]
-            at = [(slot, self.column, pl.ds(self.at, self.tall), columns) for slot, _ in slots]
-            values = [plgpu.load(self.partial.at[a], layout=self.layout, optimized=False) for a in at]
+            readers = self.readers(i, self.together[1])
+            weights = [jnp.exp2(s - base) for s in self.sums(readers)]
+            values = [self.values(worker) for worker, _ in readers]
             for value, weight in zip(values, weights, strict=True):
                 # A partial result that does not count may be anything.
                 acc = acc + jnp.where(spread(weight) > 0, value, 0.0) * spread(weight)

@@ -52,7 +52,7 @@ def keys(p: Problem, args: Args, rows: tuple) -> dict[str, Any]:
         before = jnp.pad(jnp.cumsum(-(-who.keys // TILE)).astype(jnp.int32), (1, 0))
     spare = padded(p.tokens) - p.tokens - 1
     return {
-        "pages": rows, "page_table": slots.reshape(p.tokens, tiles, TILE),
+        "pages": rows, "page_table": slots.reshape(p.tokens, tiles, TILE), "owners": None,
         "kv_lens": who.keys, "cu_q_lens": jnp.asarray(np.arange(p.tokens + 1), jnp.int32),
         "live": jnp.full(1, p.tokens, jnp.int32),
         "before": jnp.pad(before, (0, spare), constant_values=np.iinfo(np.int32).max),

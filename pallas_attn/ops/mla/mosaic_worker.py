@@ -79,7 +79,7 @@ class Worker:
     x: Inputs
     out: Any
     scales: Any  # of groups, or None
-    partial: Any  # [workers + B, columns, 64, C]
+    partial: Any  # [2 workers, columns, 64, C]
     stats: Any  # [workers + B, columns, 64]
     interpret: Any
     alpha: Any
@@ -324,7 +324,7 @@ class Worker:
 
     def leave_partial(self, s: Segment, parts: list) -> None:
         """The half's share of the result in float32."""
-        to = self.partial.at[s.slot, self.column]
+        to = self.partial.at[s.partial_slot, self.column]
         for i, part in enumerate(parts):
             self.leave(part, i, self.memory[-2], lambda tile, columns: leave_rows(
                 tile, to, jnp.int32(0), s.rows, self.form.chunk, columns
