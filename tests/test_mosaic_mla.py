@@ -94,8 +94,6 @@ def test_more_lowers(name):
 
 
 REFUSED = {
-    "prefill": ({"tokens": None}, "more than 8 query tokens a sequence has yet to run on a GPU"),
-    "nine tokens": ({"tokens": 9}, "more than 8 query tokens a sequence has yet to run on a GPU"),
     "f32": ({"format": "F32"}, "no F32 cache"),
     "e5m2": ({"format": "E5M2_TENSOR", "q_format": "E5M2_TENSOR"}, "no E5M2_TENSOR cache"),
     "page": ({"page_size": 8}, "no page size 8"),

@@ -23,9 +23,8 @@ from pallas_attn.ops.mla.problem import prepare
 
 @pytest.fixture(autouse=True)
 def set_up(monkeypatch):
-    """The kernels know one width of rows, and dispatch does not take them yet."""
+    """The kernels know one width of rows."""
     monkeypatch.setattr(latents, "dims_of", lambda format: (512, 64))
-    monkeypatch.setattr(mosaic, "PIECES", True)
 
 
 @pytest.fixture

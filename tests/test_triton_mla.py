@@ -103,11 +103,12 @@ DECODE, PREFILL, LISTED_BF16 = {}, {"tokens": None}, {"topk": S((8, 64), jnp.int
 @pytest.mark.parametrize(("change", "arch", "backend", "reason"), [
     (DECODE, Arch.HOPPER, "mosaic", None),
     (DECODE | {"w_uv": S((128, 512, 128), jnp.bfloat16)}, Arch.HOPPER, "mosaic", None),
-    (PREFILL, Arch.HOPPER, "triton", "mosaic: a batch of more than 8 query tokens a sequence"),
+    (PREFILL, Arch.HOPPER, "mosaic", None),
+    ({"heads": 256}, Arch.HOPPER, "triton", "mosaic: no 256 heads"),
     (LISTED_BF16, Arch.HOPPER, "mosaic", None),
     ({"format": "F32", "heads": 64}, Arch.HOPPER, "xla", "triton: no BF16 query on a F32 cache"),
     (DECODE, Arch.AMPERE, "triton", "mosaic: only on HOPPER"),
-], ids=["decode", "projected", "prefill", "listed", "f32", "ampere"])  # fmt: skip
+], ids=["decode", "projected", "prefill", "many heads", "listed", "f32", "ampere"])  # fmt: skip
 def test_what_a_gpu_runs(change, arch, backend, reason, monkeypatch):
     """Mosaic, then what it refuses; the packages are taken for granted."""
     monkeypatch.setattr(dispatch, "present_arch", lambda: arch)

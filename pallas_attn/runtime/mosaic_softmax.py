@@ -21,14 +21,14 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm, scf
 
 from pallas_attn.runtime.mosaic import OVER_ROWS, Layout
 
-# What weights may exceed 1 by, to base 2, before their rows get a new maximum: f16 holds 2^15, and the sums are float32.
+# What weights may exceed 1 by, to base 2, before their rows get a new maximum: f16 holds 2^15, the sums are float32.
 GROWTH = 8.0
 TILE, ROW = Layout.WGMMA, OVER_ROWS
 
 
 def lifted(s: jax.Array, factor: jax.Array | None, top: jax.Array, interpret: bool) -> jax.Array:
-    """What the exponents of rows are counted from, to base 2: `top`, or in a warp that has a logit (s * factor, which is
-    not negative) more than GROWTH above it the larger of it and the rows' largest."""
+    """What the exponents of rows are counted from, to base 2: `top`, or in a warp that has a logit (s * factor, of
+    factors that are not negative) more than GROWTH above it the larger of it and the rows' largest."""
     if interpret:
         peak = jnp.max(s, axis=1)
         return jnp.maximum(top, peak if factor is None else peak * factor)
@@ -105,7 +105,7 @@ def _if_any(condition, then, otherwise: list) -> list:
     branch = scf.IfOp(some, [x.type for x in otherwise], has_else=True)
     with ir.InsertionPoint(branch.then_block):
         scf.yield_(then())
-    with ir.InsertionPoint(branch.else_block):
+    with ir.InsertionPoint(branch.else_block):  # type: ignore[reportArgumentType]  # there is one
         scf.yield_(otherwise)
     return list(branch.results)
 

@@ -19,13 +19,12 @@ from pallas_attn.ops.mla import (
     mosaic_up,
 )
 from pallas_attn.ops.mla.mosaic_finish import as_results, grouped, result_arrays
-from pallas_attn.ops.mla.mosaic_form import LATENT, MOST_SEQS, MOST_TOKENS, ROPE, Form, Inputs, form_of, in_pieces
+from pallas_attn.ops.mla.mosaic_form import LATENT, MOST_SEQS, ROPE, Form, Inputs, form_of, in_pieces
 from pallas_attn.ops.mla.mosaic_merge import merge
 from pallas_attn.ops.mla.problem import Args, Problem
 from pallas_attn.runtime.mosaic import ROWS
 
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernels on a CPU
-PIECES = False  # a test sets it to run what a GPU has yet to run: more query tokens of a sequence than MOST_TOKENS
 STORED = (jnp.bfloat16, jnp.float16, E4M3)
 
 
@@ -34,8 +33,6 @@ def supports(p: Problem) -> str | None:
     out, rows = p.out_format, p.kv_format == FP8_DS_MLA
     refusals = {
         "an empty call": p.empty,
-        f"a batch of more than {MOST_TOKENS} query tokens a sequence has yet to run on a GPU": in_pieces(p)
-        and not PIECES,
         f"no latent of {p.latent_dim} with a rotary part of {p.rope_dim}": (p.latent_dim, p.rope_dim) != (LATENT, ROPE),
         f"no {p.kv_format} cache with a list of keys": bool(p.topk) and p.kv_format.granularity == "tensor",
         f"no {p.kv_format} cache without a list of keys": not p.topk and rows,

@@ -66,15 +66,18 @@ def gather(turns, place: int, landing, slots, cache, zeros, first, listed) -> No
 
     @plgpu.inline_mgpu(arg_types=(*(REF,) * 5, NUMBER, NUMBER))
     def ask(_, turns, landing, slots, cache, zeros, first, listed):
-        lane, barrier = _lane(), _barrier(turns, place)
+        i64, lane, barrier = ir.IntegerType.get_signless(64), _lane(), _barrier(turns, place)
         row = arith.addi(arith.muli(_warp(), _int(rows // WARPS)), lane)
         utils.warp_barrier()  # every lane has read what was there
         with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
             barrier.arrive_expect_tx(rows * size)
         with utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, _int(rows // WARPS))):
             at, end = arith.addi(first.registers.item(), row), listed.registers.item()
-            real, source = _source(slots, cache, at, end, size)
-            source = arith.select(real, source, utils.memref_ptr(zeros))
+            slot, rows_of_cache = memref.load(slots, [_index(at)]), _int(ir.MemRefType(cache.type).shape[0])
+            real = arith.cmpi(arith.CmpIPredicate.ult, slot, rows_of_cache)
+            real = arith.andi(real, arith.cmpi(arith.CmpIPredicate.slt, at, end))
+            offset = arith.muli(arith.extui(i64, slot), arith.constant(i64, size))
+            source = arith.select(real, _plus(utils.memref_ptr(cache), offset), utils.memref_ptr(zeros))
             memref.store(arith.select(real, _int(SEEN), _int(UNSEEN)), slots, [_index(at)])
             to = _plus(utils.memref_ptr(landing), arith.muli(row, _int(pitch)))
             utils.inline_ptx(
@@ -83,22 +86,6 @@ def gather(turns, place: int, landing, slots, cache, zeros, first, listed) -> No
             )  # fmt: skip
 
     ask(turns, landing, slots, cache, zeros, first, listed)  # type: ignore[reportCallIssue]
-
-
-def ask_ahead(slots, cache, first, listed, rows: int) -> None:
-    """Have rows that will be gathered brought into the L2 cache, as many as `rows`."""
-    size = cache.shape[1] * jnp.dtype(cache.dtype).itemsize
-
-    @plgpu.inline_mgpu(arg_types=(REF, REF, NUMBER, NUMBER))
-    def ask(_, slots, cache, first, listed):
-        lane = _lane()
-        at = arith.addi(first.registers.item(), arith.addi(arith.muli(_warp(), _int(rows // WARPS)), lane))
-        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, _int(rows // WARPS))):
-            real, source = _source(slots, cache, at, listed.registers.item(), size)
-            with utils.when(real):
-                utils.inline_ptx(f"cp.async.bulk.prefetch.L2.global [$0], {size};", source, has_side_effects=True)
-
-    ask(slots, cache, first, listed)  # type: ignore[reportCallIssue]
 
 
 def read(landing, at: int, columns: int, dtype):
@@ -173,15 +160,6 @@ def _loads(kind, landing, at: int, width: int) -> list:
     column = arith.muli(arith.remui(_lane(), _int(LANES)), _int(width))
     first = _plus(utils.memref_ptr(landing), arith.addi(arith.muli(row, _int(pitch)), column))
     return [llvm.load(kind, _plus(first, at + i * pitch), alignment=max(width, 4)) for i in range(0, rows // WARPS, 2)]
-
-
-def _source(slots, cache, at, listed, size: int) -> tuple:
-    """(whether the list has a row at a place, where that is)."""
-    i64 = ir.IntegerType.get_signless(64)
-    slot = memref.load(slots, [_index(at)])
-    end = _int(ir.MemRefType(cache.type).shape[0])
-    real = arith.andi(arith.cmpi(arith.CmpIPredicate.ult, slot, end), arith.cmpi(arith.CmpIPredicate.slt, at, listed))
-    return real, _plus(utils.memref_ptr(cache), arith.muli(arith.extui(i64, slot), arith.constant(i64, size)))
 
 
 def _barrier(turns, place: int):

@@ -21,15 +21,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_attn.core.batch import TILE, padded
 from pallas_attn.ops.mla import mosaic_worker
 from pallas_attn.ops.mla.mosaic_form import HALF, ROPE, Form, Segment
-from pallas_attn.ops.mla.mosaic_gather import SEEN, UNSEEN, WORDS, ask_ahead, begin, gather, put, wait
+from pallas_attn.ops.mla.mosaic_gather import SEEN, UNSEEN, WORDS, begin, gather, put, wait
 from pallas_attn.ops.mla.mosaic_worker import PART, add_product, stages, state
 from pallas_attn.ops.mla.problem import Args, Problem
 from pallas_attn.ops.mla.terms import seen, tokens
 from pallas_attn.runtime.mosaic import ACC, OVER_COLUMNS, ROWS, Layout, swizzled
 
-AHEAD = 0  # tiles whose rows are asked into the L2 cache before they are gathered
-LISTS = 8 if AHEAD else 4  # tiles' slots in flight
-RESCALE_FIRST = False  # the result so far, before the next tile is widened
+LISTS = 4  # tiles' slots in flight
 
 
 def keys(p: Problem, args: Args, rows: tuple) -> dict[str, Any]:
@@ -195,8 +193,7 @@ class Worker(mosaic_worker.Worker):
             self.fetch_slots(s, jnp.int32(t))
 
         def first() -> None:
-            for t in range(1 + AHEAD):
-                self.await_slots(s, jnp.int32(t))
+            self.await_slots(s, jnp.int32(0))
             for band in range(self.places):
                 self.gather(s, jnp.int32(0), band)
 
@@ -212,17 +209,8 @@ class Worker(mosaic_worker.Worker):
         )
 
     def await_slots(self, s: Segment, t) -> None:
-        """Until the slots of a tile are there; the rows of the last one that is asked for ahead are asked for."""
-        place = lax.rem(t, jnp.int32(LISTS))
-
-        def some() -> None:
-            plgpu.barrier_wait(self.listed.at[place])
-            if AHEAD and self.interpret is None:
-                first, rows = self.role * (TILE // 2), TILE // 2
-                listed = s.seq.kv_len - (s.tile0 + t) * TILE
-                pl.when(self.column == 0)(lambda: ask_ahead(self.slots.at[place], self.x.pages[0], first, listed, rows))
-
-        pl.when(t < s.count)(some)
+        """Until the slots of a tile are there."""
+        pl.when(t < s.count)(lambda: plgpu.barrier_wait(self.listed.at[lax.rem(t, jnp.int32(LISTS))]))
 
     def place(self, band: int):
         """Where a band lands."""
@@ -258,7 +246,7 @@ class Worker(mosaic_worker.Worker):
     def widen(self, s: Segment, t) -> None:
         """The warpgroup's rows of a tile made ready for the matrix unit."""
         slot = lax.rem(t, jnp.int32(2))
-        self.await_slots(s, t + 1 + AHEAD)
+        self.await_slots(s, t + 1)
         for band in range(self.bands):
             if self.interpret is None:
                 wait(self.landed[0].at[self.role], band % self.places)
@@ -285,16 +273,6 @@ class Worker(mosaic_worker.Worker):
         self.wait_free(t - 1)
         self.fetch_slots(s, t + LISTS - 1)
         pl.when(t == 0)(lambda: plgpu.barrier_wait(self.q_taken))
-        if not RESCALE_FIRST:
-            self.widen_next(s, t)
-
-    def after_alpha(self, s: Segment, t) -> None:
-        """The result so far is scaled: time for the next tile."""
-        if RESCALE_FIRST:
-            self.widen_next(s, t)
-
-    def widen_next(self, s: Segment, t) -> None:
-        """The tile after t."""
         pl.when(t + 1 < s.count)(lambda: self.widen(s, t + 1))
 
     def add_values(self, s: Segment, t, acc):

@@ -22,7 +22,6 @@ from pallas_attn.ops.mla.problem import Problem
 
 WIDE, PAIR = jnp.float16, jnp.bfloat16  # what is multiplied; what a row's bytes past the codes are read as
 GROUP = 128  # columns of one scale
-BANDS = 2  # of a warpgroup's 32 rows of a tile: the first ones are asked for while the last are read
 
 
 def rows(p: Problem, pages, interpret) -> tuple:
@@ -38,7 +37,7 @@ def rows(p: Problem, pages, interpret) -> tuple:
 
 def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
     """Shared memory and barriers of a CTA."""
-    landing = [plgpu.SMEM((2 * BANDS, TILE // 2 // BANDS, DS_BYTES), jnp.uint8)]
+    landing = [plgpu.SMEM((2, TILE // 2, DS_BYTES), jnp.uint8)]
     if interpret is not None:
         places = landing[0].shape[:2]
         landing = [plgpu.SMEM((*places, DS_BYTES), E4M3), plgpu.SMEM((*places, DS_BYTES // 2), PAIR)]
@@ -48,7 +47,7 @@ def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
 class Worker(mosaic_sparse.Worker):
     """The body of the kernel."""
 
-    bands = places = BANDS
+    bands = places = 1
 
     def convert(self, slot, band: int) -> None:
         """Codes times scales, and the rotary part."""

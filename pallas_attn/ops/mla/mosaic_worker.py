@@ -24,6 +24,7 @@ from pallas_attn.ops.mla.mosaic_finish import finish, leave_rows, leave_scales
 from pallas_attn.ops.mla.mosaic_form import HALF, Form, Inputs, Segment, find, segment, share
 from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import ACC, LOG2E, OVER_ROWS, ROWS, Layout, swizzled
+from pallas_attn.runtime.mosaic_softmax import added, lifted, rescaled, summed
 
 FAR = -1e30  # stands for -inf in the running maximum: -inf less -inf is NaN
 PART = 128  # value columns that are finished together
@@ -184,6 +185,7 @@ class Worker:
             top, total = loop(0, s.count, state, masked=True)
         else:
             top, total = loop(plain, s.count, loop(0, plain, state, masked=False), masked=True)
+        total = summed(total, self.interpret is not None)
         some = jnp.where(total > 0, total, 1.0)
         self.row_tile[0] = jnp.where(total > 0, 1.0 / some, 0.0)
         self.row_tile[1] = jnp.where(total > 0, top + jnp.log2(some), FAR)
@@ -201,7 +203,7 @@ class Worker:
         top, total = state
         peak, keep, weight = self.weights(s, t, self.logits(s, query, t), top, masked)
         self.leave_weights(s, t, weight)
-        total = total * keep + jnp.sum(weight, axis=1)
+        total = added(total * keep, weight, self.interpret is not None)
         self.after_weights(s, t)
         return peak, total
 
@@ -209,7 +211,7 @@ class Worker:
         """(maximum of the rows, what is left of earlier weights, weights of tile t), of its logits."""
         slot = lax.rem(t, jnp.int32(2))
         x = self.masked(s, t, x) if masked else x
-        peak = jnp.maximum(top, jnp.max(x, axis=1))
+        peak = lifted(x, None, top, self.interpret is not None)
         keep = jnp.exp2(top - peak)
         self.alpha[slot] = keep
         plgpu.barrier_arrive(self.alpha_ready.at[slot])
@@ -290,7 +292,7 @@ class Worker:
         self.ready_values(s, t)
         plgpu.barrier_wait(self.alpha_ready.at[slot])
         keep = plgpu.load(self.alpha.at[slot], layout=OVER_ROWS, optimized=False)
-        acc = jax.tree.map(lambda a: a * spread(keep, a.shape[1]), acc)
+        acc = jax.tree.map(lambda a: rescaled(a, keep, self.interpret is not None), acc)
         self.after_alpha(s, t)
         plgpu.barrier_wait(self.p_ready.at[slot])
         acc = self.add_values(s, t, acc)
