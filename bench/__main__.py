@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     picture = commands.add_parser("plot", help="draw a results file")
     picture.add_argument("file", type=Path)
     picture.add_argument("--out", type=Path, default=record.OUT / "bench.png")
-    search = commands.add_parser("tune", help="time the decode kernel's configurations, keep the best in its table")
+    search = commands.add_parser("tune", help="time a kernel's configurations, keep the best in its table")
+    search.add_argument("--op", choices=["decode", "prefill"], default="decode")
     search.add_argument("--case", default="*", help="a name or a pattern")
     search.add_argument("--processes", type=int, default=12, help="that compile beside each other")
     answers = commands.add_parser("indexer-accuracy", help="right answers of a trained model with sparse attention")
@@ -128,10 +129,10 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def search_configs(args: argparse.Namespace) -> None:
-    """Tune the decode kernel."""
+    """Tune one of the attention kernels."""
     from bench.tune import tune
 
-    tune(args.case, args.processes)
+    tune(args.op, args.case, args.processes)
 
 
 def indexer_accuracy(args: argparse.Namespace) -> None:

@@ -33,7 +33,14 @@ from test_mosaic_decode import (
 
 import pallas_attn as pa
 from pallas_attn.core.caches import abstract_cache
-from pallas_attn.ops.paged_attention import mosaic, mosaic_decode, mosaic_prefill, mosaic_prefill_compute
+from pallas_attn.ops.paged_attention import (
+    mosaic,
+    mosaic_decode,
+    mosaic_prefill,
+    mosaic_prefill_compute,
+    mosaic_prefill_config,
+    mosaic_tables,
+)
 from pallas_attn.ops.paged_attention.problem import prepare
 
 LENGTHS = {  # query tokens and context of each sequence; two more are padding
@@ -149,9 +156,9 @@ def test_heads_of_a_block():
     """Three heads of 64 FP8 numbers do not begin where copies may: then each is a block of its own."""
     cell = ("E4M3_TENSOR", "NHD", 64, 64, (6, 2), "E4M3_TENSOR", "plain", "mixed")
     *arguments, options = call(cell)
-    assert mosaic_prefill.part_of(prepare(*arguments, **options)[0]) == 1
+    assert mosaic_prefill_config.part_of(prepare(*arguments, **options)[0]) == 1
     *arguments, options = call((*cell[:5], "bf16", *cell[6:]))
-    assert mosaic_prefill.part_of(prepare(*arguments, **options)[0]) == 3
+    assert mosaic_prefill_config.part_of(prepare(*arguments, **options)[0]) == 3
 
 
 def test_a_head_of_its_own_where_sequences_are_long():
@@ -159,8 +166,8 @@ def test_a_head_of_its_own_where_sequences_are_long():
     p = prepare(*arguments, **options)[0]
 
     def part(tokens):
-        config = mosaic_prefill.choose(dataclasses.replace(p, tokens=tokens))
-        return mosaic_prefill.form_of(p, config).part
+        config = mosaic_prefill_config.choose(dataclasses.replace(p, tokens=tokens))
+        return mosaic_prefill_config.form_of(p, config).part
 
     assert [part(40 * p.seqs), part(400 * p.seqs)] == [3, 1]
 
@@ -208,7 +215,33 @@ def test_every_cell_lowers(cell):
 @pytest.mark.parametrize("format", ["E4M3_TENSOR", "INT8_TOKEN_HEAD", "BF16"])
 @pytest.mark.parametrize("ring", [(64, 4, 3, 2, True), (64, 2, 1, 1, False), (128, 2, 1, 1, True)])
 def test_configs_lower(format, ring):
-    lower((format, "NHD", 64, 128, (32, 8), "bf16", "plain", "prefill"), mosaic_prefill.Config(*ring))
+    lower((format, "NHD", 64, 128, (32, 8), "bf16", "plain", "prefill"), mosaic_prefill_config.Config(*ring))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("query", ["bf16", "E4M3_TENSOR"])
+def test_every_candidate_lowers(query):
+    cell = ("E4M3_TENSOR", "NHD", 64, 128, (32, 8), query, "plain", "prefill")
+    *arguments, options = call(cell)
+    configs = set(mosaic_prefill_config.candidates(prepare(*arguments, **options)[0]))
+    assert {config.alone for config in configs} == {True, False}
+    for config in configs:
+        lower(cell, config)
+
+
+def test_the_nearest_entry_of_the_table_is_taken(monkeypatch):
+    *arguments, options = call(("E4M3_TENSOR", "NHD", 64, 128, (32, 8), "bf16", "plain", "prefill"))
+    p = prepare(*arguments, **options)[0]
+    key, sizes = mosaic_prefill_config.key_of(p), mosaic_prefill_config.sizes_of(p)
+    near, far = (128, 2, 1, 1, False, False), (128, 2, 2, 2, False, True)
+    entry = lambda key, config, **more: {"key": key, **sizes, **more, "config": list(config)}  # noqa: E731
+    known = [entry(key, near, seqs=2 * p.seqs), entry(key, far, seqs=8 * p.seqs), entry(key[1:], far)]
+    monkeypatch.setattr(mosaic_tables, "entries", lambda table: known)
+    assert mosaic_prefill_config.choose(p) == mosaic_prefill_config.Config(*near)
+    known[0]["config"][1] = 9  # tiles that no shared memory holds
+    assert mosaic_prefill_config.choose(p) == mosaic_prefill_config.heuristic(p)
+    known[:] = [entry(key, near, tokens=32 * p.tokens)]
+    assert mosaic_prefill_config.choose(p) == mosaic_prefill_config.heuristic(p)
 
 
 def test_at_most_300_cells_hold_every_pair():

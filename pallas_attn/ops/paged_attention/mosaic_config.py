@@ -1,23 +1,20 @@
 """How the decode kernel is cut to a problem: its static form, what a tuner may choose, and the choice."""
 
 import dataclasses
-import functools
-import json
-import math
 from collections.abc import Iterator
-from importlib import resources
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from pallas_attn.core.batch import TILE
 from pallas_attn.core.formats import E4M3, E5M2, INT8
+from pallas_attn.ops.paged_attention import mosaic_tables
 from pallas_attn.ops.paged_attention.problem import Problem
 from pallas_attn.runtime.mosaic import SHARED, SMS
 
 FP8 = (E4M3, E5M2)
+TABLE = "hopper_decode"
 FEW_TILES = 16  # of a whole step for each SM
-FAR_APART = 4.0  # factors of two, sequences and context together, beyond which a tuned entry says nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +89,8 @@ def rings(p: Problem, config: Config) -> tuple[int, ...]:
 
 def choose(p: Problem) -> Config:
     """The tuned configuration of the nearest problem, or what the heuristic says."""
-    return tuned(p) or heuristic(p)
+    found = mosaic_tables.nearest(TABLE, key_of(p), sizes_of(p))
+    return heuristic(p) if found is None else Config(*found)
 
 
 def key_of(p: Problem) -> list:
@@ -100,21 +98,9 @@ def key_of(p: Problem) -> list:
     return [p.layout.name, str(p.kv_format.dtype), p.head_dim, p.kv_heads, p.group, p.max_q_len]
 
 
-def tuned(p: Problem) -> Config | None:
-    """The entry of the table for this kind of problem whose sequences and context are nearest, if any is near."""
-
-    def distance(entry: dict) -> float:
-        sizes = ((p.seqs, entry["seqs"]), (p.pages_per_seq * p.page_size, entry["context"]))
-        return sum(abs(math.log2(a / b)) for a, b in sizes)
-
-    near = [e for e in table() if e["key"] == key_of(p) and distance(e) <= FAR_APART]
-    return Config(*min(near, key=distance)["config"]) if near else None
-
-
-@functools.cache
-def table() -> list[dict]:
-    """The tuned entries of Hopper GPUs (`python -m bench tune` writes them)."""
-    return json.loads(resources.files(__package__).joinpath("tables/hopper_decode.json").read_text())
+def sizes_of(p: Problem) -> dict[str, int]:
+    """What may differ."""
+    return {"seqs": p.seqs, "context": p.pages_per_seq * p.page_size}
 
 
 def pairs(p: Problem) -> bool:
