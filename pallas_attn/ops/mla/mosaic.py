@@ -138,6 +138,8 @@ def attend(p: Problem, form: Form, x: Inputs) -> list[jax.Array]:
     def body(*refs, **scratch):
         ins, results = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
         values, *scales, partial, stats = results
+        if INTERPRET is None:
+            plgpu.griddepcontrol_wait()
         kind.Worker(p, form, ins, values, scales[0] if scales else None, partial, stats, INTERPRET, **scratch).run()
         if INTERPRET is None:  # the merge may start: it waits for what is still on its way
             plgpu.griddepcontrol_launch_dependents()

@@ -16,7 +16,6 @@ from pallas_attn.runtime.mosaic import ACC, LOG2E, OVER_COLUMNS, OVER_ROWS, ROWS
 from pallas_attn.runtime.mosaic_softmax import added, lifted, rescaled, summed
 
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernel on a CPU
-COMPUTES = 200  # registers of a thread: all four warpgroups may have four times 128, or they would wait for ever
 FLOOR = -1e29  # least running maximum: weights of logits that are FAR below any are 0
 
 
@@ -38,7 +37,7 @@ class Computer(Crew):
 
     def run(self, role) -> None:
         """The warpgroup's 64 rows of every block."""
-        plgpu.set_max_registers(COMPUTES, action="increase")
+        plgpu.set_max_registers(self.form.registers[0], action="increase")
         self.role = role
 
         def block(s: Block, tiles) -> None:

@@ -19,6 +19,9 @@ from pallas_attn.runtime.mosaic import ROWS, SHARED, swizzled
 TABLE = "hopper_prefill"
 # Tiles in flight of keys, of values and of what is widened, and whether the next query comes ahead.
 RINGS = ((3, 2, 2, True), (3, 2, 2, False), (2, 2, 2, False), (2, 1, 2, False), (2, 1, 1, False), (1, 1, 1, False))
+# Of a thread that computes, prepares or loads, by whether a query is one term. Twice the first and the others may add
+# up to four times 128, or they would wait for ever.
+REGISTERS = {True: (200, 88, 24), False: (208, 72, 24)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +105,7 @@ def form_of(p: Problem, config: Config, few: int = 0) -> Form:
     blocks = p.tokens // (WARPGROUPS * span) + p.seqs + 1
     return Form(
         config.tile, part, p.group // part, span, 1 if exact else several, jnp.dtype(operand), jnp.dtype(wide),
-        config.keys, config.values, config.wide, config.ahead, few, blocks,
+        config.keys, config.values, config.wide, config.ahead, few, blocks, REGISTERS[exact or operand not in FP8],
     )  # fmt: skip
 
 

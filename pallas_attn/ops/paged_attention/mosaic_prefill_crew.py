@@ -12,8 +12,6 @@ from pallas_attn.ops.paged_attention.mosaic_prefill_plan import NUMBERS, WARPGRO
 from pallas_attn.ops.paged_attention.problem import Problem
 from pallas_attn.runtime.mosaic import ROWS, Layout, row_layout, take_ticket, token_layout
 
-# Registers of a thread that prepares and of one that loads; those that compute have 200: of four times 128.
-PREPARES, LOADS = 88, 24
 NEWS = 2  # blocks that the other warpgroups are told of and have yet to see
 
 
@@ -123,7 +121,7 @@ class Loader(Crew):
 
     def run(self) -> None:
         """All blocks that the CTA gets."""
-        plgpu.set_max_registers(LOADS, action="decrease")
+        plgpu.set_max_registers(self.form.registers[2], action="decrease")
         cells = self.form.cells(self.p)
 
         def step(state):
@@ -212,7 +210,7 @@ class Preparer(Crew):
 
     def run(self) -> None:
         """All tiles of all blocks."""
-        plgpu.set_max_registers(PREPARES, action="decrease")
+        plgpu.set_max_registers(self.form.registers[1], action="decrease")
 
         def block(s: Block, tiles) -> None:
             def step(t, carry):

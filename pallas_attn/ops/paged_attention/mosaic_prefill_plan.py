@@ -28,6 +28,7 @@ class Form(NamedTuple):
     ahead: bool  # the next block's query has memory of its own
     few: int  # sequences of no more query tokens are somebody else's
     blocks: int  # of all sequences and of what is padding, at most
+    registers: tuple[int, int, int]  # of a thread that computes, prepares or loads
     mirrored: bool = False  # a window bounds what lies ahead too, where a sequence is not causal
 
     @property

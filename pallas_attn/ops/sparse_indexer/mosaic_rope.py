@@ -72,6 +72,7 @@ def _factors(p: Problem, args: Args) -> jax.Array:
 
 def _rope_quantize(p: Problem, height: int, early: bool, x, factors, values, scale, raw, codes, found, ready) -> None:
     if early:
+        plgpu.griddepcontrol_wait()
         plgpu.griddepcontrol_launch_dependents()
     token = lax.axis_index("token")
     # The last share begins early enough to be whole: heads of two shares are written alike by both.
