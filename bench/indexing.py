@@ -96,7 +96,7 @@ class IndexingCase(Shape):
         lens = tuple(min(n, 320 + 64 * i) for i, n in enumerate(self.lens[:2]))
         rows = len(lens) * self.next_n if self.kind != "mqa" else 16
         return dataclasses.replace(
-            self, name=f"{self.name}_small", rows=rows, lens=lens, k=128, heads=min(self.heads, 8), peers_us=()
+            self, name=f"{self.name}_small", rows=rows, lens=lens, k=128, heads=min(self.heads, 32), peers_us=()
         )
 
 

@@ -1,7 +1,9 @@
 """`compute-sanitizer --tool memcheck python -m bench.sanitize`, or racecheck: a few cache writes, decodes and mixed
-steps, each once and checked, while the tool watches every access to memory."""
+steps, and small cases of the benchmark of the other kernels, each once and checked, while the tool watches every access
+to memory."""
 
 import os
+from typing import Any
 
 if __name__ == "__main__":
     # Every buffer by itself: inside one large pool an access past the end of a buffer would be none.
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_attn as pa
+from bench import gathers, indexing, mla, quantizing
 
 KV_LENS = (200, 0, 64, 5, 131, 1)
 # Format, layout, page size, kv heads, query heads, head dim, query tokens, with a schedule, options.
@@ -26,6 +29,13 @@ CELLS = [
     (pa.INT8_TOKEN_HEAD, pa.NHD, 32, 2, 4, 64, 200, False, {"mask": pa.Mask(window=70)}),
     (pa.BF16, pa.PACKED, 128, 2, 32, 64, 90, False, {}),
 ]
+
+SMALL = [
+    (mla, "mla_h128_b32_c4096_kvbf16_gq"), (mla, "mla_h128_b32_c4096_kvfp8"), (mla, "mlasp_h128_b32_k2048_gq"),
+    (mla, "mla_h128_1x2k_kvbf16"), (mla, "mla_h128_1x2k_kvfp8"), (indexing, "pmqa_b32_c4096"),
+    (indexing, "mqa_m4096_n32768"), (indexing, "topk_b32_c4096"), (indexing, "rope_b64"),
+    (quantizing, "gq_t128_n16384"), (quantizing, "gq_up_t128_h128"), (gathers, "gather_b8_c8192_p16"),
+]  # fmt: skip
 
 
 def run(cell: tuple, backend: str | None) -> float:
@@ -65,6 +75,11 @@ def main() -> None:
         format, layout, page_size, kv_heads, q_heads, dim, q_tokens, *_ = cell
         print(f"{format} {layout} {page_size} {q_heads}/{kv_heads} {dim} {q_tokens}: error {error:.1e}", flush=True)
         assert error < 4e-3
+    for kind, name in SMALL:
+        case: Any = kind.all_cases()[name].small()
+        error = kind.check(case, kind.arguments(case), backend)[0]
+        print(f"{case.name}: error {error:.1e}", flush=True)
+        assert error < 6e-2  # of FP8 results; others are smaller
 
 
 if __name__ == "__main__":
