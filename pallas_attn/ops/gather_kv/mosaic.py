@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_attn.core.narrow import clamped
 from pallas_attn.ops.gather_kv.mosaic_plan import height_of, padded, plan, runs
 from pallas_attn.ops.gather_kv.mosaic_worker import Worker
 from pallas_attn.ops.gather_kv.problem import Args, Problem
@@ -89,13 +90,8 @@ def _inputs(p: Problem, args: Args) -> dict[str, Any]:
     return {
         "pages": [x.reshape(p.pages, p.page_size * p.kv_heads, -1) for x in args.cache.buffers],
         "scales": [s if s.ndim else s.reshape(1) for s in scales],
-        "table": _int32(args.page_table, p.pages - 1),
-        "kv_lens": _int32(args.kv_lens, room),
-        "starts": None if args.starts is None else _int32(args.starts, room),
-        "live": None if args.num_seqs is None else _int32(jnp.asarray(args.num_seqs), p.seqs).reshape(1),
+        "table": clamped(args.page_table, p.pages - 1),
+        "kv_lens": clamped(args.kv_lens, room),
+        "starts": None if args.starts is None else clamped(args.starts, room),
+        "live": None if args.num_seqs is None else clamped(jnp.asarray(args.num_seqs), p.seqs).reshape(1),
     }
-
-
-def _int32(x, most: int):
-    """What the kernel clamps; wider numbers, and unsigned ones, are clamped first, for nothing may wrap into range."""
-    return x if x.dtype == jnp.int32 else jnp.clip(x, 0, most).astype(jnp.int32)
