@@ -100,9 +100,25 @@ def recast(x: jax.Array, dtype, interpret: bool) -> jax.Array:
     return seen(x)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own
 
 
+def get_rows(source, layout, interpret: bool) -> jax.Array:
+    """An array in shared memory whose rows lie one after the other, at any pitch. Pallas has memory lie as suits the
+    accesses it knows, and finds no answer where parts of a row are accessed apart."""
+    if interpret:
+        return source[...]
+    dtype = jnp.dtype(source.dtype)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct(source.shape, dtype, layout=layout)
+    )
+    def load(_, source):
+        kind = {"is_signed": utils.is_signed(dtype), "layout": layout.to_mgpu()}
+        return FragmentedArray.load_untiled(source, **kind, optimized=False)
+
+    return load(source)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own
+
+
 def put_rows(to, x: jax.Array, layout, interpret: bool) -> None:
-    """Store an array of known layout in shared memory whose rows lie one after the other. Pallas, which has the memory
-    lie as suits its stores, finds no answer where parts of a row are stored apart."""
+    """`get_rows` the other way."""
     if interpret:
         to[...] = x
         return
@@ -111,4 +127,4 @@ def put_rows(to, x: jax.Array, layout, interpret: bool) -> None:
     def store(_, to, x):
         x.store_untiled(to, optimized=False)
 
-    store(to, x)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own
+    store(to, x)  # type: ignore[reportCallIssue]

@@ -43,6 +43,7 @@ GATHER = register(
         gather_problem.prepare,
         gather_problem.outputs,
         (
+            *_mosaic("mosaic_gather"),
             Backend("xla", f"{_HERE}.gather_xla", cost="a gather and launches for the offsets"),
             Backend("reference", f"{_HERE}.gather_reference", cost="a copy of the whole cache"),
         ),

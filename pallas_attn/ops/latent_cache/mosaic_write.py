@@ -76,7 +76,7 @@ def _write(p: Problem, parts, slots, given, memory, raw, rows, ready) -> None:
         plgpu.copy_gmem_to_smem(x.at[pl.ds(first, count)], tile.at[pl.ds(0, count)], ready)
     plgpu.barrier_wait(ready)
     if p.format == FP8_DS_MLA:
-        _make_bytes(*raw, rows)
+        _make_bytes(raw[0], raw[1], rows)
     else:
         _make_numbers(p, raw, given, rows)
     plgpu.commit_smem()
