@@ -68,6 +68,7 @@ LOWERED = {
     "bf16": (("BF16", 128, 1, 64), {}),
     "listed": (("FP8_DS_MLA", 128, 1, 64), {"topk": pa.TopK(S((8, 2048), jnp.int32), slots=True)}),
     "fp8": (("E4M3_TENSOR", 16, 4, 16), {"return_lse": True, "out": pa.e4m3_group(128, order="tma")}),
+    "packed": (("BF16", 24, 2, 64), {"out": pa.e4m3_group(64, ue8m0=True, order="tma", packed=True)}),
 }
 MORE_LOWERED = {
     "listed floats": (("BF16", 128, 1, 64), {"topk": pa.TopK(S((8, 256), jnp.int32), slots=True)}),
@@ -80,8 +81,12 @@ MORE_LOWERED = {
 }  # fmt: skip
 
 
+PACKED = [pa.e4m3_group(group, ue8m0=True, order="tma", packed=True) for group in (128, 64)]
+
+
 @pytest.mark.parametrize("name", LOWERED)
-def test_lowers(name):
+def test_lowers(name, monkeypatch):
+    monkeypatch.setattr(mosaic, "PACKED", True)
     cell, keywords = LOWERED[name]
     assert lowered(*cell, **keywords).count("stablehlo.custom_call @mosaic_gpu_v2") == 2  # the workers and the merge
 
@@ -176,11 +181,17 @@ def check_groups(rng, run, out, format, heads, tokens, page_size, q_format=None,
     want = random.expected(SCALE)[0]
     whole = quantize(jnp.asarray(want, jnp.float32).reshape(len(want), -1), out)
     # A scale that is a power of two may be the next one.
-    other = np.abs(np.asarray(scale) / np.asarray(whole.scale) - 1) > 8e-3
+    other = np.abs(numbers(scale) / numbers(whole.scale) - 1) > 8e-3
     assert np.mean(other) <= (0.01 if out.ue8m0 else 0)
     got = pa.dequantize(pa.Quantized(codes, scale, out))
     assert relative_error(np.asarray(got), want.reshape(len(want), -1)) <= 2**-4
     assert np.mean(np.asarray(codes, np.float32) != np.asarray(whole.values, np.float32)) < 0.05
+
+
+def numbers(scale):
+    """Scales in memory, packed ones as the powers of two that they are."""
+    scale = np.asarray(scale)
+    return np.exp2(scale.view(np.uint8) - 127.0) if scale.dtype == np.int32 else scale
 
 
 def runner(workers):
@@ -237,6 +248,13 @@ def test_interpreted_fp8(rng, monkeypatch):
     check_groups(rng, runner(1), out, "E4M3_TENSOR", 8, 2, 64, "E4M3_TOKEN_HEAD", **SHORT)
 
 
+def test_interpreted_packed(rng, monkeypatch):
+    """Scales of whole sequences, of parts and of padding, as exponents."""
+    monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
+    monkeypatch.setattr(mosaic, "PACKED", True)
+    check_groups(rng, runner(2), PACKED[0], "BF16", 8, 1, 64, None, q_lens=(1, 1, 0), kv_lens=(130, 64, 0))
+
+
 @pytest.mark.parametrize("format", ["FP8_DS_MLA", pytest.param("BF16", marks=pytest.mark.slow)])
 def test_interpreted_listed(format, rng, monkeypatch):
     """Keys that are listed by position, tokens in two parts."""
@@ -281,6 +299,15 @@ OUTPUTS = [pa.e4m3_group(g, ue8m0=u, order=o) for g, u, o in (
 def test_groups_on_a_gpu(format, out, workers, rng):
     check_groups(rng, runner(workers), out, format, 128, 1, 64)
     check_groups(rng, runner(workers), out, format, 24, 3, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out", PACKED, ids=str)
+@pytest.mark.parametrize("format", ["BF16", "E4M3_TENSOR"])
+def test_packed_on_a_gpu(format, out, rng, monkeypatch):
+    monkeypatch.setattr(mosaic, "PACKED", True)
+    check_groups(rng, runner(None), out, format, 128, 1, 64)
+    check_groups(rng, runner(1), out, format, 24, 3, 16)
 
 
 @pytest.mark.gpu

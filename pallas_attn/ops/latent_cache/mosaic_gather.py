@@ -121,11 +121,11 @@ class Worker(Walk):
         """Start the copies of the worker's tile t."""
         size = min(self.cut.tokens, self.p.page_size)
         # A promise that makes it a plain copy of bytes.
-        promise = {} if INTERPRET else {"oob_mode": plgpu.OOBFillMode.PROMISE_IN_BOUNDS}
+        promise = None if INTERPRET else plgpu.OOBFillMode.PROMISE_IN_BOUNDS
         for part in range(self.parts()):
             page, first = self.place(s, t, part)
-            to = self.ring.at[slot, pl.ds(part * size, size)]
-            plgpu.copy_gmem_to_smem(self.x["pages"].at[page, pl.ds(first, size)], to, self.ready.at[slot], **promise)
+            rows, to = self.x["pages"].at[page, pl.ds(first, size)], self.ring.at[slot, pl.ds(part * size, size)]
+            plgpu.copy_gmem_to_smem(rows, to, self.ready.at[slot], oob_mode=promise)
 
     def step(self, s: Segment, t) -> None:
         """Tile t: to numbers, and off."""

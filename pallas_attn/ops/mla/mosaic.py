@@ -17,7 +17,7 @@ from pallas_attn.ops.mla import (
     mosaic_sparse_rows,
     mosaic_up,
 )
-from pallas_attn.ops.mla.mosaic_finish import as_results, grouped, result_arrays
+from pallas_attn.ops.mla.mosaic_finish import as_results, grouped, packed, result_arrays
 from pallas_attn.ops.mla.mosaic_form import LATENT, ROPE, Form, Inputs, form_of
 from pallas_attn.ops.mla.mosaic_merge import merge
 from pallas_attn.ops.mla.problem import Args, Problem
@@ -26,6 +26,7 @@ from pallas_attn.runtime.mosaic import ROWS
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernels on a CPU
 MOST_SEQS = 8192
 MOST_TOKENS = 8
+PACKED = False  # whether latents leave with packed scales: once a GPU has run it
 STORED = (jnp.bfloat16, jnp.float16, E4M3)
 
 
@@ -45,7 +46,7 @@ def supports(p: Problem) -> str | None:
         f"no page size {p.page_size}": not rows and p.page_size not in (16, 32, 64, 128, 256),
         f"no {p.heads} heads": p.heads > 128,
         f"no {p.out_dtype} output": p.out_dtype.itemsize > 4,
-        f"no {out} output": out is not None and (out.two_level or (out.scale_type != "float32" and p.v_dim is None)),
+        f"no {out} output": out is not None and (out.two_level or (packed(p) and p.v_dim is None and not PACKED)),
         f"no more than {MOST_SEQS} sequences": not p.topk and p.seqs > MOST_SEQS,
         f"no more than {MOST_SEQS} tokens with a list of keys": bool(p.topk) and p.tokens > MOST_SEQS,
     } | mosaic_up.refuses(p)
