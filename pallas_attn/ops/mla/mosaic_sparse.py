@@ -1,8 +1,9 @@
 """MLA over listed keys: every token is a sequence whose rows are gathered one by one.
 
-A row is copied as it lies to a landing place; a slot that is none has a row of zeros copied. The warpgroups of the
-values then put their halves where the matrix unit can read them, `mosaic_sparse_rows` and `mosaic_sparse_float` tell
-how. They do so for the next tile while the queries' warpgroup has this one's logits.
+A row is copied as it lies to a landing place; a slot that is none has a row of zeros copied. Each warpgroup of the
+values has half of a tile's rows copied and puts them where the matrix unit can read them, for both: `mosaic_gather`,
+`mosaic_sparse_rows` and `mosaic_sparse_float` tell how. It does so for the next tile while the queries' warpgroup has
+this one's logits; as soon as some rows are read, the next ones are asked for in their place.
 
 Shared memory is full to the last KiB: half of the query's latent and its rotary part are in registers, the query comes
 in, and results go out, through the memory of the tiles.
@@ -20,13 +21,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_attn.core.batch import TILE, padded
 from pallas_attn.ops.mla import mosaic_worker
 from pallas_attn.ops.mla.mosaic_form import HALF, ROPE, Form, Segment
-from pallas_attn.ops.mla.mosaic_worker import FAR, PART, add_product, stages, state
+from pallas_attn.ops.mla.mosaic_gather import SEEN, UNSEEN, WORDS, ask_ahead, begin, gather, put, wait
+from pallas_attn.ops.mla.mosaic_worker import PART, add_product, stages, state
 from pallas_attn.ops.mla.problem import Args, Problem
 from pallas_attn.ops.mla.terms import seen, tokens
 from pallas_attn.runtime.mosaic import ACC, OVER_COLUMNS, ROWS, Layout, swizzled
 
-LISTS = 4  # tiles' slots in flight
-TOGETHER = 8  # rows that one step of a loop asks for
+AHEAD = 0  # tiles whose rows are asked into the L2 cache before they are gathered
+LISTS = 8 if AHEAD else 4  # tiles' slots in flight
+RESCALE_FIRST = False  # the result so far, before the next tile is widened
 
 
 def keys(p: Problem, args: Args, rows: tuple) -> dict[str, Any]:
@@ -56,12 +59,13 @@ def keys(p: Problem, args: Args, rows: tuple) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def memory(p: Problem, form: Form, interpret, wide, landing) -> dict[str, Any]:
+def memory(p: Problem, form: Form, interpret, wide, landing: list) -> dict[str, Any]:
     """Shared memory and barriers of a CTA. The interpreter knows no operands in registers.
 
-    wide: the type that is multiplied; landing: buffers of rows as they lie, the last one all of them in a line.
+    wide: the type that is multiplied; landing: buffers of rows as they lie [places of both warpgroups, rows, width].
     """
     half, rope, raw = swizzled(wide, HALF), swizzled(wide, ROPE), p.q_format.dtype
+    places = landing[0].shape[0]
     return state(form) | {
         "memory": plgpu.RefUnion(
             plgpu.SMEM((2, 2, TILE, HALF), wide, transforms=half),
@@ -74,12 +78,13 @@ def memory(p: Problem, form: Form, interpret, wide, landing) -> dict[str, Any]:
         "operands": [plgpu.SMEM((ROWS, n), wide, transforms=swizzled(wide, min(n, 64))) for n in (
             (HALF,) if interpret is None else (HALF, HALF, ROPE)
         )],
-        "landing": plgpu.RefUnion(*landing) if interpret is None else landing[:-1],
+        "landing": landing,
         "q_ready": plgpu.Barrier(num_arrivals=3 * (ROWS // form.chunk)),
         "slots": plgpu.SMEM((LISTS, TILE), jnp.int32),
         "listed": plgpu.Barrier(num_barriers=LISTS),
-        "landed": plgpu.Barrier(num_arrivals=landing[0].shape[0] * (1 if interpret is None else len(landing) - 1)),
-        "read": plgpu.Barrier(num_arrivals=2),
+        "landed": [plgpu.SMEM((2, WORDS), jnp.int32)] if interpret is None else [
+            plgpu.Barrier(num_arrivals=landing[0].shape[1] * len(landing), num_barriers=places)
+        ],
         "q_taken": plgpu.Barrier(),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=2),
     }  # fmt: skip
@@ -92,14 +97,21 @@ class Worker(mosaic_worker.Worker):
     ropes: Any  # [slot, TILE, ROPE], which take the weights in the end, and the query's as it comes
     operands: Any  # what of the query is in shared memory
     landing: Any  # rows
-    slots: Any  # [tile, TILE]
+    slots: Any  # [tile, TILE], then masks
     listed: Any
     landed: Any
     q_taken: Any
-    read: Any
     full: Any
 
-    bands: ClassVar[int]  # of rows, that land one after the other
+    bands: ClassVar[int]  # of a warpgroup's rows of a tile, that are copied and read one after the other
+    places: ClassVar[int]  # where they land, by turns
+
+    def run(self) -> None:
+        """Barriers first, then all sequences."""
+        role = lax.axis_index("role")
+        if self.interpret is None:
+            pl.when(role < 2)(lambda: begin(self.landed[0].at[role], self.places))
+        super().run()
 
     # The warpgroup of the queries
 
@@ -149,13 +161,16 @@ class Worker(mosaic_worker.Worker):
         """A slot that is none may stand anywhere."""
 
     def masked(self, s: Segment, t, x):
-        """Logits, as good as -inf where there is no slot."""
-        place = lax.rem(t, jnp.int32(LISTS))
-        plgpu.barrier_wait(self.listed.at[place])
-        slot = plgpu.load(self.slots.at[place], layout=OVER_COLUMNS, optimized=False)
-        at = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=OVER_COLUMNS) + (s.tile0 + t) * TILE
-        real = (slot >= 0) & (slot < self.x.pages[0].shape[0]) & (at < s.seq.kv_len)
-        return x + lax.broadcast_in_dim(jnp.where(real, 0.0, 2 * FAR), x.shape, [1])
+        """Logits, as good as -inf where there is no slot: whoever gathered the rows has left that in the list."""
+        mask = plgpu.load(self.slots.at[lax.rem(t, jnp.int32(LISTS))], layout=OVER_COLUMNS, optimized=False)
+        return x + lax.broadcast_in_dim(lax.bitcast_convert_type(mask, jnp.float32), x.shape, [1])
+
+    def leave_weights(self, s: Segment, t, weight) -> None:
+        """No warp waits for another until all are done: they have since the rotary part was read, to leave alpha."""
+        target = self.weights_at(t)
+        self.put_array(target, weight.astype(target.dtype), Layout.WGMMA)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.p_ready.at[lax.rem(t, jnp.int32(2))])
 
     def weights_at(self, t):
         """The rotary part of the tile, which has been used by then."""
@@ -165,13 +180,27 @@ class Worker(mosaic_worker.Worker):
         """No phase of a barrier is passed over."""
         self.wait_free(t - 1)
 
+    def put_array(self, to, x, layout=None) -> None:
+        """Put an array, or, without a layout, what was read of rows, in its place."""
+        if self.interpret is None:
+            put(to, x, layout)
+        else:
+            to[...] = x
+
     # The warpgroups of the values
 
     def prime_values(self, s: Segment) -> None:
         """Ask for the slots of the first tiles, then for the first rows."""
         for t in range(LISTS - 1):
             self.fetch_slots(s, jnp.int32(t))
-        pl.when(s.count > 0)(lambda: self.gather(s, jnp.int32(0), 0))
+
+        def first() -> None:
+            for t in range(1 + AHEAD):
+                self.await_slots(s, jnp.int32(t))
+            for band in range(self.places):
+                self.gather(s, jnp.int32(0), band)
+
+        pl.when(s.count > 0)(first)
 
     def fetch_slots(self, s: Segment, t) -> None:
         """Ask for the slots of a tile."""
@@ -182,54 +211,68 @@ class Worker(mosaic_worker.Worker):
             )
         )
 
-    def gather(self, s: Segment, t, band: int) -> None:
-        """Ask for the warpgroup's share of a band of a tile's rows."""
-        place, share = lax.rem(t, jnp.int32(LISTS)), TILE // self.bands // 2
-        if band == 0:
-            plgpu.barrier_wait(self.listed.at[place])
-        first, listed = band * 2 * share, s.seq.kv_len - (s.tile0 + t) * TILE
-        half = len(self.x.pages) // 2
-        cache, zeros = self.x.pages[:half], self.x.pages[half:]
+    def await_slots(self, s: Segment, t) -> None:
+        """Until the slots of a tile are there; the rows of the last one that is asked for ahead are asked for."""
+        place = lax.rem(t, jnp.int32(LISTS))
 
-        def some(i, carry):
-            for j in range(TOGETHER):
-                row = self.role * share + i * TOGETHER + j
-                slot = self.slots[place, first + row]
-                real = (slot >= 0) & (slot < self.x.pages[0].shape[0]) & (first + row < listed)
-                pl.when(real)(lambda row=row, slot=slot: self.copy_row(cache, slot, row))
-                pl.when(~real)(lambda row=row: self.copy_row(zeros, 0, row))
+        def some() -> None:
+            plgpu.barrier_wait(self.listed.at[place])
+            if AHEAD and self.interpret is None:
+                first, rows = self.role * (TILE // 2), TILE // 2
+                listed = s.seq.kv_len - (s.tile0 + t) * TILE
+                pl.when(self.column == 0)(lambda: ask_ahead(self.slots.at[place], self.x.pages[0], first, listed, rows))
+
+        pl.when(t < s.count)(some)
+
+    def place(self, band: int):
+        """Where a band lands."""
+        return self.role * self.places + band % self.places
+
+    def rows(self, band: int):
+        """Which rows of a tile it has."""
+        count = TILE // 2 // self.bands
+        return pl.ds(pl.multiple_of(self.role * (TILE // 2) + band * count, 8), count)
+
+    def gather(self, s: Segment, t, band: int) -> None:
+        """Ask for a band of a tile's rows."""
+        list_, place, rows = lax.rem(t, jnp.int32(LISTS)), self.place(band), self.rows(band)
+        listed, half = s.seq.kv_len - (s.tile0 + t) * TILE, len(self.x.pages) // 2
+        cache, zeros = self.x.pages[:half], self.x.pages[half:]
+        if self.interpret is None:
+            turns, to, slots = self.landed[0].at[self.role], self.landing[0].at[place], self.slots.at[list_]
+            gather(turns, band % self.places, to, slots, cache[0], zeros[0], rows.start, listed)
+            return
+
+        def one(i, carry):
+            slot = self.slots[list_, rows.start + i]
+            real = (slot >= 0) & (slot < cache[0].shape[0]) & (rows.start + i < listed)
+            for row, none, to in zip(cache, zeros, self.landing, strict=True):
+                copy = lambda x, at, to=to: plgpu.copy_gmem_to_smem(x.at[at], to.at[place, i], self.landed[0].at[place])  # noqa: E731
+                pl.when(real)(lambda row=row, copy=copy: copy(row, slot))
+                pl.when(~real)(lambda none=none, copy=copy: copy(none, 0))
+            self.slots[list_, rows.start + i] = jnp.where(real, SEEN, UNSEEN)
             return carry
 
-        lax.fori_loop(0, share // TOGETHER, some, jnp.int32(0))
-
-    def copy_row(self, sources, slot, row) -> None:
-        """Start the copy of one row to its place."""
-        if self.interpret is None:
-            size, pitch = sources[0].shape[1], self.landing[0].shape[1]
-            inside = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # makes it a plain copy of bytes
-            to = self.landing[-1].at[pl.ds(row * pitch, size)]
-            plgpu.copy_gmem_to_smem(sources[0].at[slot], to, self.landed, oob_mode=inside)
-            return
-        for source, to in zip(sources, self.landing, strict=True):
-            plgpu.copy_gmem_to_smem(source.at[slot], to.at[row, pl.ds(0, source.shape[1])], self.landed)
+        lax.fori_loop(0, rows.size, one, jnp.int32(0))
 
     def widen(self, s: Segment, t) -> None:
-        """A tile made ready for the matrix unit; whenever all that has landed is read, the next rows are asked for."""
+        """The warpgroup's rows of a tile made ready for the matrix unit."""
         slot = lax.rem(t, jnp.int32(2))
+        self.await_slots(s, t + 1 + AHEAD)
         for band in range(self.bands):
-            plgpu.barrier_wait(self.landed)
+            if self.interpret is None:
+                wait(self.landed[0].at[self.role], band % self.places)
+            else:
+                plgpu.barrier_wait(self.landed[0].at[self.place(band)])
             self.convert(slot, band)
-            plgpu.commit_smem()
-            done = self.full.at[slot] if band + 1 == self.bands else self.read
-            plgpu.barrier_arrive(done)
-            plgpu.barrier_wait(done)
-            if band + 1 < self.bands:
-                self.gather(s, t, band + 1)
-        pl.when(t + 1 < s.count)(lambda: self.gather(s, t + 1, 0))
+            later, following = divmod(band + self.places, self.bands)
+            more = t + later < s.count
+            pl.when(more)(lambda later=later, following=following: self.gather(s, t + later, following))
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.full.at[slot])
 
     def convert(self, slot, band: int) -> None:
-        """The warpgroup's half of what has landed, and every second time the rotary part, to its place in the tile: a
-        buffer of 64 columns cannot be written in parts."""
+        """What has landed to its place in the tile."""
         raise NotImplementedError
 
     def begin_values(self, s: Segment):
@@ -238,10 +281,20 @@ class Worker(mosaic_worker.Worker):
         return self.zeros(HALF)
 
     def ready_values(self, s: Segment, t) -> None:
-        """The next tile widened: the place of the last one is free."""
+        """The place of the last tile is free: for the next one."""
         self.wait_free(t - 1)
         self.fetch_slots(s, t + LISTS - 1)
         pl.when(t == 0)(lambda: plgpu.barrier_wait(self.q_taken))
+        if not RESCALE_FIRST:
+            self.widen_next(s, t)
+
+    def after_alpha(self, s: Segment, t) -> None:
+        """The result so far is scaled: time for the next tile."""
+        if RESCALE_FIRST:
+            self.widen_next(s, t)
+
+    def widen_next(self, s: Segment, t) -> None:
+        """The tile after t."""
         pl.when(t + 1 < s.count)(lambda: self.widen(s, t + 1))
 
     def add_values(self, s: Segment, t, acc):
@@ -253,3 +306,8 @@ class Worker(mosaic_worker.Worker):
     def after_values(self, s: Segment) -> None:
         """No phase of a barrier is passed over, and the other warpgroup is done with the weights."""
         self.wait_free(s.count - 1)
+
+    def weigh(self, s: Segment, following) -> None:
+        """What either writes for the next segment, the other's results may be in."""
+        super().weigh(s, following)
+        plgpu.barrier_wait(self.left)

@@ -15,14 +15,14 @@ from pallas_attn.core.batch import TILE
 from pallas_attn.core.formats import E4M3
 from pallas_attn.core.latent_cache import DS_BYTES, DS_CODES, DS_SCALES
 from pallas_attn.ops.mla import mosaic_sparse
-from pallas_attn.ops.mla.mosaic_form import HALF, ROPE, Form
+from pallas_attn.ops.mla.mosaic_form import HALF, LATENT, ROPE, Form
+from pallas_attn.ops.mla.mosaic_gather import MOST_SCALE, read, read_codes
 from pallas_attn.ops.mla.mosaic_sparse import memory
 from pallas_attn.ops.mla.problem import Problem
-from pallas_attn.runtime.mosaic import Layout
 
 WIDE, PAIR = jnp.float16, jnp.bfloat16  # what is multiplied; what a row's bytes past the codes are read as
-MOST_SCALE = 128.0  # times 448 is the largest in f16
-CODES, PAIRS = 16, 8  # columns of one load: the row's pitch must be a multiple of them
+GROUP = 128  # columns of one scale
+BANDS = 2  # of a warpgroup's 32 rows of a tile: the first ones are asked for while the last are read
 
 
 def rows(p: Problem, pages, interpret) -> tuple:
@@ -38,48 +38,37 @@ def rows(p: Problem, pages, interpret) -> tuple:
 
 def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
     """Shared memory and barriers of a CTA."""
-    landing = [
-        plgpu.SMEM((TILE, DS_BYTES), E4M3), plgpu.SMEM((TILE, DS_BYTES // 2), PAIR),
-        plgpu.SMEM((TILE * DS_BYTES,), jnp.uint8),
-    ]  # fmt: skip
+    landing = [plgpu.SMEM((2 * BANDS, TILE // 2 // BANDS, DS_BYTES), jnp.uint8)]
+    if interpret is not None:
+        places = landing[0].shape[:2]
+        landing = [plgpu.SMEM((*places, DS_BYTES), E4M3), plgpu.SMEM((*places, DS_BYTES // 2), PAIR)]
     return memory(p, form, interpret, WIDE, landing)
 
 
 class Worker(mosaic_sparse.Worker):
     """The body of the kernel."""
 
-    bands = 1
+    bands = places = BANDS
 
     def convert(self, slot, band: int) -> None:
         """Codes times scales, and the rotary part."""
-        self.find_scales()
-        layout, half = Layout.WGMMA_UPCAST_2X, self.memory[0].at[slot, self.role]
-        for group in range(HALF // 128):
-            scale = self.scale_tile.at[self.role, group]
-            scale = plgpu.load(scale, layout=layout.reduce(1), optimized=False).astype(WIDE)
-            for at in range(group * 128, (group + 1) * 128, 64):
-                x = self.landed_at(0, self.role * HALF + at, CODES, layout)
-                half[:, pl.ds(at, 64)] = x.astype(WIDE) * lax.broadcast_in_dim(scale, (TILE, 64), [0])
-        pl.when(self.role == slot)(lambda: self.convert_rope(slot))
+        rows, place = self.rows(band), self.place(band)
+        for group in range(LATENT // GROUP):
+            half, at = divmod(group * GROUP, HALF)
+            self.put_array(self.memory[0].at[slot, half, rows, pl.ds(at, GROUP)], self.scaled(place, group))
+        self.put_array(self.ropes[0].at[slot, rows], self.widened(self.rotary(place)))
 
-    def landed_at(self, view: int, column, width: int, layout):
-        """64 columns of all rows, so many at once."""
-        pieces = [self.landing[view].at[:, pl.ds(column + i, width)] for i in range(0, 64, width)]
-        return jnp.concatenate([plgpu.load(x, layout=layout, optimized=False) for x in pieces], axis=1)
+    def scaled(self, place, group: int):
+        """A group of columns of the rows that have landed, in f16."""
+        if self.interpret is None:
+            return read_codes(self.landing[0].at[place], group * GROUP, DS_CODES + 4 * group)
+        codes = self.landing[0][place, :, pl.ds(group * GROUP, GROUP)].astype(WIDE)
+        # A power of two: its upper half, read as bf16, is all there is of it.
+        scale = self.landing[1][place, :, pl.ds(DS_CODES // 2 + 2 * group + 1, 1)]
+        return codes * jnp.minimum(scale.astype(jnp.float32), MOST_SCALE).astype(WIDE)
 
-    def convert_rope(self, slot) -> None:
-        """The rotary part."""
-        assert ROPE == 64
-        self.ropes[0][slot] = self.widened(self.landed_at(1, DS_SCALES // 2, PAIRS, Layout.WGMMA))
-
-    def find_scales(self) -> None:
-        """The scales of the half's two groups, for every row. They are powers of two: their upper halves, read as bf16,
-        are all there is of them."""
-        pairs = self.landing[1].at[:, pl.ds(DS_CODES // 2, PAIRS)]
-        pairs = plgpu.load(pairs, layout=Layout.WGMMA, optimized=False).astype(jnp.float32)
-        column = plgpu.broadcasted_iota(jnp.int32, (TILE, PAIRS), 1, layout=Layout.WGMMA)
-        for group in range(HALF // 128):
-            which = 2 * (self.role * (HALF // 128) + group) + 1
-            scale = jnp.sum(jnp.where(column == which, pairs, 0.0), axis=1)
-            self.scale_tile[self.role, group] = jnp.minimum(scale, MOST_SCALE)
-        plgpu.commit_smem()
+    def rotary(self, place):
+        """Their rotary parts."""
+        if self.interpret is None:
+            return read(self.landing[0].at[place], DS_SCALES, ROPE, PAIR)
+        return self.landing[1][place, :, pl.ds(DS_SCALES // 2, ROPE)]

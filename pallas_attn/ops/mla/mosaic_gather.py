@@ -1,0 +1,215 @@
+"""Rows gathered from a cache into shared memory, and read from there: what Pallas has no word for.
+
+Every warp of a warpgroup copies the rows that it will read itself, a lane each, and asks for the next ones in their
+place as soon as it is done: no warp waits for another. All rows of a place are counted by one barrier, whose phase each
+thread has in a word of its own: Pallas does not tell where its barriers are.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray, Tiling
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
+
+from pallas_attn.ops.mla.mosaic_worker import FAR
+from pallas_attn.runtime.mosaic import Layout, swizzled
+
+WARPS, THREADS = 4, 128  # of a warpgroup
+LANES = 16  # that share a row
+WORDS = 2 * THREADS  # of barriers, two each, and, the second half, their phases
+MOST_SCALE = 128.0  # times 448 is the largest in f16
+SEEN, UNSEEN = (int(np.float32(x).view(np.int32)) for x in (0, 2 * FAR))  # what is added to a logit, as its bits
+REF, NUMBER = plgpu.RefType(), Layout.WG_SPLAT(())
+
+
+def layout_of(rows: int, columns: int):
+    """Registers of rows that have landed: a warp has rows / 4 of them, 16 lanes one row."""
+    tiles = (rows, columns), (rows // WARPS, columns), (32 // LANES, columns), (columns // LANES,)
+    return Layout.TILED(Tiling(tiles), (-7,), (-3, -2), -1)
+
+
+def begin(turns, places: int) -> None:
+    """Make barriers of int32 [WORDS]."""
+
+    @plgpu.inline_mgpu(arg_types=(REF,))
+    def start(_, turns):
+        with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
+            for place in range(places):
+                nvvm.mbarrier_init(_barrier(turns, place).get_ptr(), _int(1))
+            nvvm.fence_mbarrier_init()
+        memref.store(_int(0), turns, [_phases()])
+        utils.commit_shared()
+
+    start(turns)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own
+
+
+def wait(turns, place: int) -> None:
+    """Until all rows have landed in a place."""
+
+    @plgpu.inline_mgpu(arg_types=(REF,))
+    def wait(_, turns):
+        phases = memref.load(turns, [_phases()])
+        memref.store(arith.xori(phases, _int(1 << place)), turns, [_phases()])
+        phase = arith.shrui(phases, _int(place))
+        _barrier(turns, place).wait_parity(arith.trunci(ir.IntegerType.get_signless(1), phase))
+
+    wait(turns)  # type: ignore[reportCallIssue]
+
+
+def gather(turns, place: int, landing, slots, cache, zeros, first, listed) -> None:
+    """Ask for the rows of `cache` that `slots` [first:] names, as many as `landing` [rows, bytes] takes; for `zeros` in
+    place of what is none, or not below `listed`. Slots are replaced by what their logits are to be masked with."""
+    rows, pitch = landing.shape
+    size = cache.shape[1] * jnp.dtype(cache.dtype).itemsize
+
+    @plgpu.inline_mgpu(arg_types=(*(REF,) * 5, NUMBER, NUMBER))
+    def ask(_, turns, landing, slots, cache, zeros, first, listed):
+        lane, barrier = _lane(), _barrier(turns, place)
+        row = arith.addi(arith.muli(_warp(), _int(rows // WARPS)), lane)
+        utils.warp_barrier()  # every lane has read what was there
+        with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
+            barrier.arrive_expect_tx(rows * size)
+        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, _int(rows // WARPS))):
+            at, end = arith.addi(first.registers.item(), row), listed.registers.item()
+            real, source = _source(slots, cache, at, end, size)
+            source = arith.select(real, source, utils.memref_ptr(zeros))
+            memref.store(arith.select(real, _int(SEEN), _int(UNSEEN)), slots, [_index(at)])
+            to = _plus(utils.memref_ptr(landing), arith.muli(row, _int(pitch)))
+            utils.inline_ptx(
+                f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], {size}, [$2];",
+                to, source, barrier.get_ptr(), has_side_effects=True,
+            )  # fmt: skip
+
+    ask(turns, landing, slots, cache, zeros, first, listed)  # type: ignore[reportCallIssue]
+
+
+def ask_ahead(slots, cache, first, listed, rows: int) -> None:
+    """Have rows that will be gathered brought into the L2 cache, as many as `rows`."""
+    size = cache.shape[1] * jnp.dtype(cache.dtype).itemsize
+
+    @plgpu.inline_mgpu(arg_types=(REF, REF, NUMBER, NUMBER))
+    def ask(_, slots, cache, first, listed):
+        lane = _lane()
+        at = arith.addi(first.registers.item(), arith.addi(arith.muli(_warp(), _int(rows // WARPS)), lane))
+        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, _int(rows // WARPS))):
+            real, source = _source(slots, cache, at, listed.registers.item(), size)
+            with utils.when(real):
+                utils.inline_ptx(f"cp.async.bulk.prefetch.L2.global [$0], {size};", source, has_side_effects=True)
+
+    ask(slots, cache, first, listed)  # type: ignore[reportCallIssue]
+
+
+def read(landing, at: int, columns: int, dtype):
+    """Columns of 16 bits of all rows that have landed, from byte `at` of each."""
+    like = _like(landing, columns, dtype)
+
+    @plgpu.inline_mgpu(arg_types=(REF,), return_type=like)
+    def take(_, landing):
+        width = columns // LANES
+        some = ir.VectorType.get((width,), utils.dtype_to_ir_type(like.dtype))
+        return _array(like, _loads(some, landing, at, 2 * width))
+
+    return take(landing)  # type: ignore[reportCallIssue]
+
+
+def read_codes(landing, at: int, scales: int):
+    """128 columns of E4M3 of all rows that have landed, from byte `at` of each, in f16: times the power of two at byte
+    `scales`, a float32 of which the largest counts as MOST_SCALE."""
+    like = _like(landing, 128, jnp.float16)
+
+    @plgpu.inline_mgpu(arg_types=(REF,), return_type=like)
+    def take(_, landing):
+        i32, f16, f32 = ir.IntegerType.get_signless(32), ir.F16Type.get(), ir.F32Type.get()
+        most, wide = arith.constant(f32, MOST_SCALE), ir.VectorType.get((8,), f16)
+        codes, widened = _loads(ir.VectorType.get((2,), i32), landing, at, 8), []
+        for words, scale in zip(codes, _loads(f32, landing, scales, 0), strict=True):
+            pairs = []
+            for i in range(2):
+                pairs += utils.inline_ptx(
+                    "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }",
+                    vector.extract(words, [], [i]), result_types=(i32, i32),
+                )  # fmt: skip
+            x = vector.bitcast(wide, vector.from_elements(ir.VectorType.get((4,), i32), pairs))
+            scale = arith.truncf(f16, arith.minimumf(scale, most))
+            widened.append(arith.mulf(x, vector.broadcast(wide, scale)))
+        return _array(like, widened)
+
+    return take(landing)  # type: ignore[reportCallIssue]
+
+
+def put(to, x, layout=None) -> None:
+    """Store what was read, or an array of another layout, in a part of a tile, 128 bytes wide or a multiple of it.
+    Pallas has all warps wait before and after a store; here none does."""
+    tiled = plgpu.RefType(swizzled(x.dtype, 64))
+
+    @plgpu.inline_mgpu(arg_types=(tiled, layout or layout_of(*x.shape)))
+    def store(_, to, x):
+        x.store_tiled(to, swizzle=128)
+
+    store(to, x)  # type: ignore[reportCallIssue]
+
+
+# What is said above in MLIR
+
+
+def _like(landing, columns: int, dtype):
+    rows, _ = landing.shape
+    return plgpu.ShapeDtypeStruct((rows, columns), dtype, layout=layout_of(rows, columns))
+
+
+def _array(like, vectors: list) -> FragmentedArray:
+    """The registers of one thread, rows first, as an array."""
+    layout = like.layout.to_mgpu()
+    registers = np.array(vectors, dtype=object).reshape(layout.registers_shape(like.shape))
+    return FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def _loads(kind, landing, at: int, width: int) -> list:
+    """What each lane has of its rows: `kind` from byte `at` of a row, `width` bytes further on from lane to lane."""
+    rows, pitch = ir.MemRefType(landing.type).shape
+    row = arith.addi(arith.muli(_warp(), _int(rows // WARPS)), arith.divui(_lane(), _int(LANES)))
+    column = arith.muli(arith.remui(_lane(), _int(LANES)), _int(width))
+    first = _plus(utils.memref_ptr(landing), arith.addi(arith.muli(row, _int(pitch)), column))
+    return [llvm.load(kind, _plus(first, at + i * pitch), alignment=max(width, 4)) for i in range(0, rows // WARPS, 2)]
+
+
+def _source(slots, cache, at, listed, size: int) -> tuple:
+    """(whether the list has a row at a place, where that is)."""
+    i64 = ir.IntegerType.get_signless(64)
+    slot = memref.load(slots, [_index(at)])
+    end = _int(ir.MemRefType(cache.type).shape[0])
+    real = arith.andi(arith.cmpi(arith.CmpIPredicate.ult, slot, end), arith.cmpi(arith.CmpIPredicate.slt, at, listed))
+    return real, _plus(utils.memref_ptr(cache), arith.muli(arith.extui(i64, slot), arith.constant(i64, size)))
+
+
+def _barrier(turns, place: int):
+    return utils.BarrierRef(utils.memref_ptr(turns), _int(place), None, 1)  # type: ignore[reportArgumentType]
+
+
+def _phases():
+    """Where the thread's phases are, a bit for each place."""
+    thread = arith.remui(utils.thread_idx(), _int(THREADS))
+    return _index(arith.addi(thread, _int(THREADS)))
+
+
+def _index(x):
+    return arith.index_cast(ir.IndexType.get(), x)
+
+
+def _plus(pointer, offset):
+    return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
+
+
+def _int(x: int):
+    return arith.constant(ir.IntegerType.get_signless(32), x)
+
+
+def _lane():
+    return arith.remui(utils.thread_idx(), _int(32))
+
+
+def _warp():
+    """The warp's number in its warpgroup."""
+    return arith.remui(arith.divui(utils.thread_idx(), _int(32)), _int(WARPS))
