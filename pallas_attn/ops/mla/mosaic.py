@@ -95,7 +95,8 @@ def _kind(p: Problem) -> Any:
 
 def _listed(p: Problem, args: Args) -> dict[str, Any]:
     """The cache's rows, and which of them each token has."""
-    return mosaic_sparse.keys(p, args, _kind(p).rows(p, args.cache.pages, INTERPRET))
+    keys = mosaic_sparse.asked if mosaic_sparse.LOOK_UP else mosaic_sparse.keys
+    return keys(p, args, _kind(p).rows(p, args.cache.pages, INTERPRET))
 
 
 def _pages(p: Problem, args: Args) -> dict[str, Any]:
