@@ -112,8 +112,8 @@ class Sequence(NamedTuple):
             seq, real = owner(x.listed, b)
             room = p.pages_per_seq * p.page_size
             context = None if x.listed.kv_lens is None else jnp.clip(x.listed.kv_lens[seq], 0, room)
-            keys = jnp.where(real, p.keys, 0) if x.kv_lens is None else jnp.clip(x.kv_lens[b], 0, p.keys)
-            return cls(keys, b, jnp.int32(1), seq, context)
+            keys = p.keys if x.kv_lens is None else jnp.clip(x.kv_lens[b], 0, p.keys)
+            return cls(jnp.where(real, keys, 0), b, jnp.int32(1), seq, context)
         start = jnp.clip(x.cu_q_lens[b], 0, p.tokens)
         end = jnp.clip(x.cu_q_lens[b + 1], 0, p.tokens)
         q_len = jnp.where(b < x.live[0], jnp.clip(end - start, 0, form.tokens), 0)
