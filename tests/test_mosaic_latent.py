@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cover import pairwise
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from latents import FORMATS
+from latents import FORMATS, load
 
 import pallas_attn as pa
 from pallas_attn.ops.latent_cache import (
@@ -123,7 +123,7 @@ def lower_write(*cell):
     return step.trace(*writing(*cell)).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("cell", WRITES[::4], ids=lambda c: "-".join(map(str, c)))
+@pytest.mark.parametrize("cell", WRITES[::6], ids=lambda c: "-".join(map(str, c)))
 def test_write_lowers_to_one_launch(cell):
     text = lower_write(*cell)
     assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 1
@@ -150,6 +150,16 @@ def test_write_refuses(cell, reason):
 @pytest.mark.parametrize("cell", WRITES, ids=lambda c: "-".join(map(str, c)))
 def test_write_on_gpu(cell, rng):
     check_write(rng, jax.jit(write_mosaic), *cell)
+
+
+@pytest.mark.gpu
+def test_nan_stays_in_its_tile_on_gpu():
+    cache = pa.LatentCache.allocate(1, 16, format=pa.FP8_DS_MLA)
+    latent = jnp.ones((1, 512)).at[0, 130].set(jnp.nan)
+    pages, *_ = write_mosaic(cache, latent, jnp.ones((1, 64)), jnp.zeros(1, jnp.int32))
+    found = load(np.asarray(pages[0, 0]), "FP8_DS_MLA")
+    assert np.isnan(found[130])
+    np.testing.assert_array_equal(found[np.r_[0:128, 256:576]], 1)
 
 
 @pytest.mark.gpu
@@ -220,7 +230,6 @@ def check_gather(run, args, **options):
     (("E4M3_TENSOR", 16, (48, 16), "f16", "starts", 3), 1024),
     (("E5M2_TENSOR", 1, (48, 16), "f32", "whole", 2), 2048),
     (("BF16", 10, (48, 16), "bf16", "starts", 3), 2048),
-    (("F16", 64, (48, 16), "bf16", "padded", 2), 1024),
 ], ids=lambda c: "-".join(map(str, c)) if isinstance(c, tuple) else "")  # fmt: skip
 def test_gather_interpreted(cell, tile, rng, monkeypatch):
     monkeypatch.setattr(mosaic_gather, "INTERPRET", plgpu.InterpretGPUParams())
@@ -237,7 +246,7 @@ def lower_gather(*cell):
     return step.trace(*gathering(*cell)).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("cell", GATHERS[::8], ids=lambda c: "-".join(map(str, c)))
+@pytest.mark.parametrize("cell", GATHERS[::12], ids=lambda c: "-".join(map(str, c)))
 def test_gather_lowers_to_one_launch(cell):
     assert lower_gather(*cell).count("stablehlo.custom_call @mosaic_gpu_v2") == 1
 
