@@ -11,7 +11,7 @@ import numpy as np
 
 import pallas_attn as pa
 from bench.latent_writes import FORMATS, row_bytes
-from bench.mla import CACHE_SCALE, LATENT, PAGE, ROPE, random_pages
+from bench.mla import CACHE_SCALE, LATENT, PAGE, ROPE
 from bench.shape import Shape
 from bench.writes import flat
 
@@ -62,8 +62,10 @@ def arguments(case: LatentGatherCase, seed: int = 0) -> tuple[Any, ...]:
     """Random (cache, batch), pages in random order."""
     pages = -(-case.context // PAGE)
     table = np.random.default_rng(seed).permutation(case.seqs * pages).reshape(case.seqs, pages)
-    scale = jnp.float32(CACHE_SCALE) if case.format.granularity == "tensor" else None
-    cache = pa.LatentCache(random_pages(jax.random.key(seed), case.seqs * pages, case.format), case.format, scale)
+    scale = CACHE_SCALE if case.format.granularity == "tensor" else None
+    cache = pa.LatentCache.allocate(1, PAGE, format=case.format, scale=scale)
+    x = jax.random.normal(jax.random.key(seed), (case.seqs * pages, PAGE, LATENT + ROPE))
+    cache = dataclasses.replace(cache, pages=jax.jit(cache.rows)(x[..., :LATENT], x[..., LATENT:]))
     lengths = jnp.full(case.seqs, case.context, jnp.int32)
     return cache, pa.RaggedBatch(jnp.asarray(table, jnp.int32), lengths, jnp.zeros(case.seqs + 1, jnp.int32))
 

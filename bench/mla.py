@@ -89,7 +89,7 @@ def arguments(case: MlaCase, seed: int = 0) -> tuple[Any, ...]:
     keys = jax.random.split(jax.random.key(seed), 2)
     format = ROWS[case.kv]
     scale = jnp.float32(CACHE_SCALE) if case.fp8_query else None
-    cache = pa.LatentCache(random_pages(keys[0], case.seqs * pages, format), format, scale)
+    cache = pa.LatentCache(_random_pages(keys[0], case.seqs * pages, format), format, scale)
     q = jax.random.normal(keys[1], (case.seqs, case.heads, LATENT + ROPE), jnp.bfloat16)
     parts = (q[..., :LATENT], q[..., LATENT:])
     query = tuple(pa.quantize(x, pa.E4M3_STATIC, Q_SCALE) for x in parts) if case.fp8_query else parts
@@ -103,7 +103,7 @@ def arguments(case: MlaCase, seed: int = 0) -> tuple[Any, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def random_pages(key, count: int, format: pa.Format):
+def _random_pages(key, count: int, format: pa.Format):
     """Normal numbers as the cache stores them, page by page, so that no float32 array of the cache's size appears."""
     like = pa.LatentCache.allocate(1, PAGE, format=format, scale=CACHE_SCALE if format == pa.E4M3_TENSOR else None)
 
