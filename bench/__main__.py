@@ -11,7 +11,21 @@ import jax
 from tabulate import tabulate
 
 import pallas_attn as pa
-from bench import cases, gathers, indexing, layers, mla, mla_layer, quantizing, record, side, timing, writes
+from bench import (
+    cases,
+    gathers,
+    indexing,
+    latent_gathers,
+    latent_writes,
+    layers,
+    mla,
+    mla_layer,
+    quantizing,
+    record,
+    side,
+    timing,
+    writes,
+)
 from bench.cases import Case
 from bench.shape import Shape
 
@@ -21,6 +35,8 @@ KINDS = {  # by `case.op`
     "layers": layers,
     "write": writes,
     "gather": gathers,
+    "write_latent": latent_writes,
+    "gather_latent": latent_gathers,
     "indexer": indexing,
     "mla": mla,
     "mla_sparse": mla,
@@ -28,7 +44,7 @@ KINDS = {  # by `case.op`
     "mla_layer": mla_layer,
     "quantize": quantizing,
 }
-MODULES = (cases, writes, gathers, indexing, mla, mla_layer, quantizing)
+MODULES = (cases, writes, gathers, latent_writes, latent_gathers, indexing, mla, mla_layer, quantizing)
 
 
 def main(argv: list[str] | None = None) -> None:

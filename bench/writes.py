@@ -87,10 +87,11 @@ def check(case: WriteCase, args: tuple, backend: str | None) -> tuple[float, tup
     there = jax.device_put(args, jax.devices("cpu")[0])
     want = jax.tree.leaves(jax.jit(operation(case, "xla"))(*there))
     (cache,) = jax.jit(operation(case, backend), donate_argnums=0)(*args)
-    pairs = [(_flat(a), _flat(b)) for a, b in zip(jax.tree.leaves(cache), want, strict=True)]
+    pairs = [(flat(a), flat(b)) for a, b in zip(jax.tree.leaves(cache), want, strict=True)]
     error = max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs)
     return float(error), (cache, *args[1:])
 
 
-def _flat(x: jax.Array) -> np.ndarray:
+def flat(x: jax.Array) -> np.ndarray:
+    """Stored numbers in a line, as float32."""
     return np.asarray(x).astype(np.float32).reshape(-1)

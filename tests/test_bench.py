@@ -8,7 +8,20 @@ import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import cases, gathers, layers, mla, quantizing, record, sanitize, side, timing, writes
+from bench import (
+    cases,
+    gathers,
+    latent_gathers,
+    latent_writes,
+    layers,
+    mla,
+    quantizing,
+    record,
+    sanitize,
+    side,
+    timing,
+    writes,
+)
 from bench.timing import Kernel, Timing
 
 ROWS = [r for r in json.loads(cases.PEERS.read_text())["cases"] if r["op"] in ("decode", "prefill", "gather")]
@@ -86,6 +99,18 @@ def test_gathers_run_and_are_exact():
     assert case.bytes == 2 * 256 * 8 * 128 * 3 + 4 * 16
     assert isinstance(line := bench.one(case, "xla", 1), record.Result)
     assert (line.rel_err, line.best_peer_us, line.case) == (0, None, "gather_b8_c8192_p16_hnd_small")
+
+
+@pytest.mark.parametrize(("module", "name", "bytes_"), [
+    (latent_writes, "write_latent_t8192_rows", 8192 * (2 * 576 + 656 + 4)),
+    (latent_gathers, "gather_latent_b8_c8192_rows", 65536 * (656 + 2 * 576) + 4 * 1024),
+    (latent_gathers, "gather_latent_b8_c8192_fp8_raw", 65536 * 2 * 576 + 4 * 1024),
+])  # fmt: skip
+def test_latents_move_and_are_exact(module, name, bytes_):
+    case = module.all_cases()[name]
+    assert case.bytes == bytes_
+    assert isinstance(line := bench.one(case.small(), "xla", 1), record.Result)
+    assert (line.rel_err, line.case) == (0, f"{name}_small")
 
 
 MLA_ROWS = [r for r in json.loads(cases.PEERS.read_text())["cases"] if r["op"] in ("mla", "mla_sparse")]

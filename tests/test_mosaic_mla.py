@@ -12,8 +12,8 @@ from problems import relative_error
 import pallas_attn as pa
 from pallas_attn.core.latent_cache import abstract_latent_cache
 from pallas_attn.core.quantized import quantize
-from pallas_attn.ops.mla import mosaic
-from pallas_attn.ops.mla.mosaic_form import Inputs, form_of, share
+from pallas_attn.ops.mla import mosaic, mosaic_sparse
+from pallas_attn.ops.mla.mosaic_form import Inputs, Listed, form_of, owner, share
 from pallas_attn.ops.mla.problem import prepare
 
 SCALE = 0.11
@@ -64,16 +64,20 @@ def lowered(*cell, **keywords):
     return jax.jit(step).trace(options.pop("topk", None), *arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
+PACKED = [pa.e4m3_group(group, ue8m0=True, order="tma", packed=True) for group in (128, 64)]
 LOWERED = {
     "bf16": (("BF16", 128, 1, 64), {}),
     "listed": (("FP8_DS_MLA", 128, 1, 64), {"topk": pa.TopK(S((8, 2048), jnp.int32), slots=True)}),
-    "fp8": (("E4M3_TENSOR", 16, 4, 16), {"return_lse": True, "out": pa.e4m3_group(128, order="tma")}),
+    "fp8": (("E4M3_TENSOR", 16, 4, 16), {"return_lse": True, "out": PACKED[0]}),
+    "looking up": (("FP8_DS_MLA", 128, 1, 64), {"topk": pa.TopK(S((8, 2048), jnp.int32))}),
 }
 MORE_LOWERED = {
     "listed floats": (("BF16", 128, 1, 64), {"topk": pa.TopK(S((8, 256), jnp.int32), slots=True)}),
     "positions": (("FP8_DS_MLA", 16, None, 64), {"topk": pa.TopK(S((8, 100), jnp.int32), S((8,), jnp.int32))}),
     "f16": (("F16", 12, 2, 128), {"out": jnp.float32}),
     "static": (("BF16", 1, 1, 32), {"out": (pa.E4M3_STATIC, 0.5)}),
+    "packed": (("BF16", 24, 2, 64), {"out": PACKED[1]}),
+    "in columns": (("E4M3_TENSOR", 16, 4, 16), {"return_lse": True, "out": pa.e4m3_group(128, order="tma")}),
     "groups": (("BF16", 128, 1, 256), {"out": pa.e4m3_group(64, ue8m0=True), "return_lse": True}),
     "fp8, 128 heads": (("E4M3_TENSOR", 128, 1, 64), {}),
     "fp8 by row": (("E4M3_TENSOR", 40, 8, 64, "E4M3_TOKEN_HEAD"), {"out": pa.e4m3_group(128, order="column")}),
@@ -81,14 +85,17 @@ MORE_LOWERED = {
 
 
 @pytest.mark.parametrize("name", LOWERED)
-def test_lowers(name):
+def test_lowers(name, monkeypatch):
+    monkeypatch.setattr(mosaic, "PACKED", True)
+    monkeypatch.setattr(mosaic_sparse, "LOOK_UP", name == "looking up")
     cell, keywords = LOWERED[name]
     assert lowered(*cell, **keywords).count("stablehlo.custom_call @mosaic_gpu_v2") == 2  # the workers and the merge
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE_LOWERED)
-def test_more_lowers(name):
+def test_more_lowers(name, monkeypatch):
+    monkeypatch.setattr(mosaic, "PACKED", True)
     cell, keywords = MORE_LOWERED[name]
     assert lowered(*cell, **keywords).count("stablehlo.custom_call @mosaic_gpu_v2") == 2
 
@@ -143,6 +150,25 @@ def test_shares(lengths, heads, live, each):
     assert (int(total), int(got)) == (int(before[-1]), each)
 
 
+@pytest.mark.parametrize(("q_lens", "live", "tokens"), [
+    ((1, 1, 1, 1), None, 6),
+    ((1, 1, 1, 1), 2, 4),
+    ((2, 0, 0, 3, 1, 0), 5, 9),
+    ((0, 0, 4), None, 4),
+    ((5,), 0, 5),
+])  # fmt: skip
+def test_owners(q_lens, live, tokens):
+    """Whose token each one is, and whether it is anybody's."""
+    cu_q_lens = jnp.asarray(np.concatenate([[0], np.cumsum(q_lens)]), jnp.int32)
+    nothing = jnp.zeros((len(q_lens), 1), jnp.int32)
+    batch = pa.RaggedBatch(nothing, nothing[:, 0], cu_q_lens, None if live is None else jnp.int32(live))
+    x = Listed(cu_q_lens, batch.live.reshape(1), None, None)
+    found = jnp.array([owner(x, jnp.int32(t)) for t in range(tokens)])
+    seq, _, real = batch.tokens(tokens)
+    np.testing.assert_array_equal(found[:, 1], real)
+    np.testing.assert_array_equal(found[real, 0], seq[real])
+
+
 # ---------------------------------------------------------------- results
 
 
@@ -174,11 +200,17 @@ def check_groups(rng, run, out, format, heads, tokens, page_size, q_format=None,
     want = random.expected(SCALE)[0]
     whole = quantize(jnp.asarray(want, jnp.float32).reshape(len(want), -1), out)
     # A scale that is a power of two may be the next one.
-    other = np.abs(np.asarray(scale) / np.asarray(whole.scale) - 1) > 8e-3
+    other = np.abs(numbers(scale) / numbers(whole.scale) - 1) > 8e-3
     assert np.mean(other) <= (0.01 if out.ue8m0 else 0)
     got = pa.dequantize(pa.Quantized(codes, scale, out))
     assert relative_error(np.asarray(got), want.reshape(len(want), -1)) <= 2**-4
     assert np.mean(np.asarray(codes, np.float32) != np.asarray(whole.values, np.float32)) < 0.05
+
+
+def numbers(scale):
+    """Scales in memory, packed ones as the powers of two that they are."""
+    scale = np.asarray(scale)
+    return np.exp2(scale.view(np.uint8) - 127.0) if scale.dtype == np.int32 else scale
 
 
 def runner(workers):
@@ -190,12 +222,13 @@ def runner(workers):
     return run
 
 
-def listed(rng, random, keys):
+def listed(rng, random, keys, cut):
     """(positions [T, keys], slots [T, keys], lengths [T], the slots that each token sees): -1 and numbers of nothing
     anywhere, keys that stand twice, one token with none."""
     tokens, end = len(random.q), random.pages.shape[0] * random.pages.shape[1]
     positions, slots = (np.full((tokens, keys), 10**6, np.int32) for _ in range(2))
-    lengths, seen = rng.integers(1, keys + 5, tokens).astype(np.int32), [np.zeros(0, int)] * tokens
+    lengths = rng.integers(1, keys + 5, tokens).astype(np.int32) if cut else np.full(tokens, keys, np.int32)
+    seen = [np.zeros(0, int)] * tokens
     for b in range(random.num_seqs):
         for token in range(*random.cu_q_lens[b : b + 2]):
             found = rng.integers(0, max(random.kv_lens[b], 1), keys)
@@ -207,12 +240,14 @@ def listed(rng, random, keys):
     return positions, slots, lengths, seen
 
 
-def check_listed(rng, run, format, heads, keys, by_slot, q_dtype=BF16, q_lens=(2, 1, 0, 1), kv_lens=(150, 100, 0, 3)):
+def check_listed(
+    rng, run, format, heads, keys, by_slot, q_dtype=BF16, q_lens=(2, 1, 0, 1), kv_lens=(150, 100, 0, 3), cut=True
+):
     random = latents.make(
         rng, format, q_lens, kv_lens, heads=heads, page_size=32, q_dtype=q_dtype, spare_seqs=1, spare_tokens=2
     )
-    positions, slots, lengths, seen = listed(rng, random, keys)
-    topk = pa.TopK(jnp.asarray(slots if by_slot else positions), jnp.asarray(lengths), by_slot)
+    positions, slots, lengths, seen = listed(rng, random, keys, cut)
+    topk = pa.TopK(jnp.asarray(slots if by_slot else positions), jnp.asarray(lengths) if cut else None, by_slot)
     out, lse = run(*random.arguments(), scale=0.05, out=jnp.float32, return_lse=True, topk=topk)
     want, want_lse = random.expected(0.05, seen)
     assert np.linalg.norm(out - want) <= 4e-3 * np.linalg.norm(want)
@@ -235,6 +270,13 @@ def test_interpreted_fp8(rng, monkeypatch):
     check_groups(rng, runner(1), out, "E4M3_TENSOR", 8, 2, 64, "E4M3_TOKEN_HEAD", **SHORT)
 
 
+def test_interpreted_packed(rng, monkeypatch):
+    """Scales of whole sequences, of parts and of padding, as exponents."""
+    monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
+    monkeypatch.setattr(mosaic, "PACKED", True)
+    check_groups(rng, runner(2), PACKED[0], "BF16", 8, 1, 64, None, q_lens=(1, 1), kv_lens=(70, 64))
+
+
 SLOW = [pytest.param("BF16", 70, marks=pytest.mark.slow), pytest.param("FP8_DS_MLA", 330, marks=pytest.mark.slow)]
 
 
@@ -243,6 +285,21 @@ def test_interpreted_listed(format, keys, rng, monkeypatch):
     """Keys that are listed by position, tokens in two parts."""
     monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
     check_listed(rng, runner(3), format, 8, keys, by_slot=False)
+
+
+LOOKS = [
+    ("FP8_DS_MLA", False, False), pytest.param("FP8_DS_MLA", False, True, marks=pytest.mark.slow),
+    pytest.param("FP8_DS_MLA", True, False, marks=pytest.mark.slow),
+    pytest.param("BF16", False, False, marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("format", "by_slot", "cut"), LOOKS)
+def test_interpreted_looking_up(format, by_slot, cut, rng, monkeypatch):
+    """Kernels that find a token's sequence, and its keys' slots, themselves."""
+    monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
+    monkeypatch.setattr(mosaic_sparse, "LOOK_UP", True)
+    check_listed(rng, runner(3), format, 8, 70, by_slot, cut=cut)
 
 
 CELLS = [
@@ -285,6 +342,15 @@ def test_groups_on_a_gpu(format, out, workers, rng):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("out", PACKED, ids=str)
+@pytest.mark.parametrize("format", ["BF16", "E4M3_TENSOR"])
+def test_packed_on_a_gpu(format, out, rng, monkeypatch):
+    monkeypatch.setattr(mosaic, "PACKED", True)
+    check_groups(rng, runner(None), out, format, 128, 1, 64)
+    check_groups(rng, runner(1), out, format, 24, 3, 16)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("format", ["BF16", "E4M3_TENSOR"])
 def test_same_bits_every_time(format, rng):
     random = problem(rng, format, 128, 1, 64, None, **LONG)
@@ -317,3 +383,27 @@ KEYS = [
 def test_listed_on_a_gpu(cell, workers, rng):
     check_listed(rng, runner(workers), *cell)
     check_listed(rng, runner(workers), *cell, **MANY)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("cell", KEYS, ids=lambda c: "-".join(map(str, c[:4])))
+def test_looking_up_on_a_gpu(cell, cut, rng, monkeypatch):
+    monkeypatch.setattr(mosaic_sparse, "LOOK_UP", True)
+    check_listed(rng, runner(None), *cell, cut=cut)
+    check_listed(rng, runner(7), *cell, **MANY, cut=cut)
+    check_listed(rng, runner(1), *cell, q_lens=(3, 0, 2), kv_lens=(700, 5, 90), cut=cut)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_slot", [True, False])
+def test_nothing_but_kernels_on_a_gpu(by_slot, monkeypatch):
+    """A listed decode step is its two launches."""
+    monkeypatch.setattr(mosaic_sparse, "LOOK_UP", True)
+    arguments, options = abstract("FP8_DS_MLA", 128, 1, 64)
+    topk = pa.TopK(S((8, 2048), jnp.int32), slots=by_slot)
+    step = jax.jit(lambda topk, *arguments: runner(None)(*arguments, topk=topk, **options))
+    text = step.lower(topk, *arguments).compile().as_text() or ""
+    assert text.count("custom-call(") == 2
+    assert "fusion(" not in text
+    assert "copy(" not in text

@@ -4,12 +4,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray, Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 Layout = plgpu.Layout
 ACC = plgpu.ACC  # type: ignore[attr-defined]  # public in fact, not in the type stubs
@@ -34,6 +35,11 @@ def row_layout(columns: int, itemsize: int = 4):
     shared memory come back wrong."""
     width = math.gcd(columns, 256 // itemsize)
     return Layout.TILED(Tiling(((8, width), (2, width), (width // 16,))), (-5,), (-3, -2), -1)
+
+
+def whole_rows(columns: int):
+    """`row_layout` of a power of two from 16 to 256 columns, of which each lane has neighbours."""
+    return row_layout(columns, 256 // columns)
 
 
 def token_layout(tokens: int):
@@ -69,3 +75,56 @@ def take_ticket(counter, to) -> None:
             memref.store(llvm.atomicrmw(llvm.AtomicBinOp.add, where, one, llvm.AtomicOrdering.monotonic), to, [first])
 
     take(counter, to)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own
+
+
+def recast(x: jax.Array, dtype, interpret: bool) -> jax.Array:
+    """The bits of rows [8 m, n] as numbers of another size, so many more or fewer to a row. Sixteen lanes hold a row,
+    each what lies together: both layouts are `whole_rows`."""
+    rows, columns = x.shape
+    old, new = jnp.dtype(x.dtype).itemsize, jnp.dtype(dtype).itemsize
+    other = columns * old // new
+    if interpret:
+        x = x if old > new else x.reshape(rows, other, new // old)
+        return lax.bitcast_convert_type(x, dtype).reshape(rows, other)
+    layout, to = (whole_rows(n) for n in (columns, other))
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct((rows, other), jnp.dtype(dtype), layout=to)
+    )
+    def seen(_, x):
+        kind, registers = utils.dtype_to_ir_type(jnp.dtype(dtype)), np.empty(x.registers.shape, dtype=object)
+        for at, register in np.ndenumerate(x.registers):
+            registers[at] = vector.bitcast(ir.VectorType.get((other // 16,), kind), register)
+        return FragmentedArray(_registers=registers, _layout=to.to_mgpu(), _is_signed=utils.is_signed(dtype))
+
+    return seen(x)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own
+
+
+def get_rows(source, layout, interpret: bool) -> jax.Array:
+    """An array in shared memory whose rows lie one after the other, at any pitch. Pallas has memory lie as suits the
+    accesses it knows, and finds no answer where parts of a row are accessed apart."""
+    if interpret:
+        return source[...]
+    dtype = jnp.dtype(source.dtype)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct(source.shape, dtype, layout=layout)
+    )
+    def load(_, source):
+        kind = {"is_signed": utils.is_signed(dtype), "layout": layout.to_mgpu()}
+        return FragmentedArray.load_untiled(source, **kind, optimized=False)
+
+    return load(source)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own
+
+
+def put_rows(to, x: jax.Array, layout, interpret: bool) -> None:
+    """`get_rows` the other way."""
+    if interpret:
+        to[...] = x
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
+    def store(_, to, x):
+        x.store_untiled(to, optimized=False)
+
+    store(to, x)  # type: ignore[reportCallIssue]

@@ -1,11 +1,8 @@
 """The gather on Hopper: pages to contiguous keys and values by one launch.
 
-The context of all sequences is one list of tiles, each a part of a page or some whole pages, and after it the tiles of
-zeros that fill the result up. The CTAs, of one warpgroup each, deal them out in turn, so that at any time all write to
-one stretch of the result. Which sequence a tile belongs to is found by halving, each step a sum over the sequences'
-tiles: no launch comes before. A tile comes by TMA, goes through registers, where its numbers take their scale, and
-leaves by TMA for its rows of the result, whole, or row by row at the ends of a sequence: no copy writes what another
-sequence owns.
+`runtime/mosaic_packed.py` tells who gathers what. A tile comes by TMA, goes through registers, where its numbers take
+their scale, and leaves by TMA for its rows of the result, whole, or row by row at the ends of a sequence: no copy
+writes what another sequence owns.
 """
 
 import math
@@ -15,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_attn.ops.gather_kv.mosaic_plan import height_of, padded, plan, runs
+from pallas_attn.ops.gather_kv.mosaic_plan import height_of, plan, runs
 from pallas_attn.ops.gather_kv.mosaic_worker import Worker
 from pallas_attn.ops.gather_kv.problem import Args, Problem
 from pallas_attn.runtime.mosaic import SMS
+from pallas_attn.runtime.mosaic_packed import MOST_SEQS, padded, where
 
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernel on a CPU
-MOST_SEQS = 4096  # their lengths stay in registers
 ALIGNED = 128  # bytes: where a copy may begin in shared memory
 
 
@@ -69,7 +66,10 @@ def run(p: Problem, *arrays):
 
     def gather_kv(*refs):
         ins, rest = refs[: len(leaves)], refs[len(leaves) :]
-        Worker(p, cut, workers, jax.tree.unflatten(tree, ins), rest[:2], rest[2], *rest[3:]).run()
+        ring, tile, lens, row_scale, ready = rest[3:]
+        Worker(
+            p, cut, workers, jax.tree.unflatten(tree, ins), rest[2], lens, rest[:2], ring, tile, row_scale, ready
+        ).run()
 
     k, v, cu_lens = plgpu.kernel(
         gather_kv, out_type=out_type, grid=(workers, groups), grid_names=("worker", "group"),
@@ -85,17 +85,7 @@ def _inputs(p: Problem, args: Args) -> dict[str, Any]:
     scales = list(args.cache.scales or ())
     if p.format.granularity == "token_head":
         scales = [s.reshape(p.pages, -1) for s in scales]
-    room = p.pages_per_seq * p.page_size
-    return {
+    return where(p, args.page_table, args.kv_lens, args.starts, args.num_seqs) | {
         "pages": [x.reshape(p.pages, p.page_size * p.kv_heads, -1) for x in args.cache.buffers],
         "scales": [s if s.ndim else s.reshape(1) for s in scales],
-        "table": _int32(args.page_table, p.pages - 1),
-        "kv_lens": _int32(args.kv_lens, room),
-        "starts": None if args.starts is None else _int32(args.starts, room),
-        "live": None if args.num_seqs is None else _int32(jnp.asarray(args.num_seqs), p.seqs).reshape(1),
     }
-
-
-def _int32(x, most: int):
-    """What the kernel clamps; wider numbers, and unsigned ones, are clamped first, for nothing may wrap into range."""
-    return x if x.dtype == jnp.int32 else jnp.clip(x, 0, most).astype(jnp.int32)

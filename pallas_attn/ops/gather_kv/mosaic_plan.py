@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from pallas_attn.ops.gather_kv.problem import Problem
 from pallas_attn.runtime.mosaic import SHARED
+from pallas_attn.runtime.mosaic_packed import padded
 
 TILE_BYTES = 16 * 1024  # of one side of a tile of the result
 STAGES = 2
@@ -46,11 +47,6 @@ def plan(p: Problem) -> Plan:
 def height_of(rows: int) -> int:
     """Rows of a tile in shared memory: register layouts take them by eight."""
     return -(-rows // 8) * 8
-
-
-def padded(seqs: int) -> int:
-    """Sequences of a vector that all threads hold."""
-    return -(-seqs // 128) * 128
 
 
 class Run(NamedTuple):

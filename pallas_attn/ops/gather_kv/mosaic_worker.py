@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -10,141 +10,34 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.formats import INT8
-from pallas_attn.ops.gather_kv.mosaic_plan import Plan, padded, runs
-from pallas_attn.ops.gather_kv.problem import Problem
-from pallas_attn.runtime.mosaic import Layout, row_layout, token_layout
-
-
-class Segment(NamedTuple):
-    """A worker's part of a sequence."""
-
-    b: Any
-    first: Any  # the token of the sequence that is gathered first
-    end: Any  # and the one past the last
-    row: Any  # of the result, of the first
-    tile: Any  # of the sequence: the worker's first; every so many workers later comes its next
-    count: Any  # of the worker's tiles
+from pallas_attn.ops.gather_kv.mosaic_plan import Plan, runs
+from pallas_attn.runtime.mosaic import row_layout
+from pallas_attn.runtime.mosaic_packed import Segment, Walk
 
 
 @dataclasses.dataclass
-class Worker:
+class Worker(Walk):
     """The body of the kernel: one CTA's walk over its tiles."""
 
-    p: Problem
     cut: Plan
-    workers: int
-    x: dict
     out: Any
-    cu_lens: Any
     ring: Any
     tile: Any
-    lens: Any
     row_scale: Any
     ready: Any
 
     def run(self) -> None:
         """All of the worker's tiles, and its share of `cu_lens`."""
-        p, cut = self.p, self.cut
-        self.worker, group = lax.axis_index("worker"), lax.axis_index("group")
+        group = lax.axis_index("group")
         # The last share of heads begins early enough to be whole: heads of two shares are written alike by both.
-        self.head = jnp.minimum(group * cut.heads, p.kv_heads - cut.heads)
-        self.survey()
-        total, rows = jnp.sum(self.tiles), jnp.sum(self.rows)
-        used = jnp.minimum(rows, p.max_tokens)
-        tile = lax.while_loop(lambda tile: tile < total, self.sequence, self.worker)
-        self.fill(used, tile - total)
+        self.head = jnp.minimum(group * self.cut.heads, self.p.kv_heads - self.cut.heads)
+        self.walk()
         pl.when(group == 0)(self.tell_lengths)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def tell_lengths(self) -> None:
-        """The worker's share of `cu_lens`."""
-
-        def one(i, carry):
-            b = self.worker + i * self.workers
-            self.cu_lens[b] = self.before(self.rows, b)
-            return carry
-
-        share = lax.div(self.p.seqs + self.workers - self.worker, jnp.int32(self.workers))
-        lax.fori_loop(0, share, one, jnp.int32(0))
-
-    # Which tiles
-
-    def survey(self) -> None:
-        """How many rows and tiles every sequence has: vectors over the sequences, in registers."""
-        p, tokens, size = self.p, self.cut.tokens, padded(self.p.seqs)
-        # A sum over lanes is one instruction where every warp holds all; long vectors are shared by the warps.
-        layout = token_layout(size) if size <= 512 else Layout.WG_STRIDED((size,), vec_size=1)
-        sources = [x for x in (self.x["kv_lens"], self.x["starts"]) if x is not None]
-        for row, source in enumerate(sources):
-            at = 0
-            for n in (p.seqs // 32 * 32, *(p.seqs & bit for bit in (16, 8, 4, 2))):
-                if n:
-                    piece = source.at[pl.ds(at, n)]
-                    self.lens[row, pl.ds(at, n)] = plgpu.load(piece, layout=token_layout(n), optimized=False)
-                at += n
-            if p.seqs % 2:
-                self.lens[row, at] = source[at]
-        plgpu.commit_smem()
-        lens = [plgpu.load(self.lens.at[row], layout=layout, optimized=False) for row in range(len(sources))]
-        self.index = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
-        live = p.seqs if self.x["live"] is None else jnp.minimum(self.x["live"][0], p.seqs)
-        # Nothing was put past the last.
-        kv_lens, starts = (jnp.where(self.index < live, x, 0) for x in (lens[0], lens[-1]))
-        kv_lens = jnp.clip(kv_lens, 0, p.pages_per_seq * p.page_size)
-        first = jnp.clip(starts, 0, kv_lens) if len(sources) > 1 else kv_lens * 0
-        self.rows = kv_lens - first
-        count = lax.div(kv_lens + (tokens - 1), jnp.int32(tokens)) - lax.div(first, jnp.int32(tokens))
-        self.tiles = jnp.where(self.rows > 0, count, 0)
-
-    def before(self, x, b):
-        """The sum over the sequences before b."""
-        return jnp.sum(jnp.where(self.index < b, x, 0))
-
-    def find(self, tile):
-        """(sequence, tiles before it, rows before it) of a tile of the list: the last sequence that has at most so many
-        tiles before it."""
-        b, tiles = jnp.int32(0), jnp.int32(0)
-        for bit in reversed(range(self.p.seqs.bit_length())):
-            further = b + 2**bit
-            passed = self.before(self.tiles, further)
-            b, tiles = jnp.where(passed <= tile, further, b), jnp.where(passed <= tile, passed, tiles)
-        return b, tiles, self.before(self.rows, b)
-
-    def sequence(self, tile):
-        """The worker's tiles from `tile` on that belong to one sequence; returns its next."""
-        p, tokens, workers = self.p, jnp.int32(self.cut.tokens), jnp.int32(self.workers)
-        b, tiles, row = self.find(tile)
-        # A tile that belongs to a sequence makes it a real one.
-        end = jnp.clip(self.lens[0, b], 0, p.pages_per_seq * p.page_size)
-        first = jnp.int32(0) if self.x["starts"] is None else jnp.clip(self.lens[1, b], 0, end)
-        low = lax.div(first, tokens)
-        after = tiles + lax.div(end + tokens - 1, tokens) - low
-        mine = lax.div(after - tile + workers - 1, workers)
-        s = Segment(b, first, end, row, low + tile - tiles, mine)
-        for stage in range(self.cut.stages):
-            pl.when(stage < mine)(functools.partial(self.fetch, s, stage, stage))
-
-        def step(t, carry):
-            self.step(s, t)
-            return carry
-
-        lax.fori_loop(0, mine, step, jnp.int32(0))
-        return tile + mine * workers
-
-    # One tile
-
-    def place(self, s: Segment, t, part: int):
-        """(page, slot in page) of a part of the worker's tile t, kept inside the table and the cache."""
-        p, size = self.p, jnp.int32(self.p.page_size)
-        position = (s.tile + t * self.workers) * self.cut.tokens + part * min(self.cut.tokens, p.page_size)
-        # A tile of several pages may go on past the sequence's last.
-        column = lax.div(jnp.minimum(position, s.end - 1), size)
-        page = jnp.clip(self.x["table"][s.b, column], 0, p.pages - 1)
-        return page, lax.rem(position, size)
-
-    def parts(self, s: Segment, t):
+    def pieces(self, s: Segment, t):
         """(page, run) of everything that the tile is made of."""
-        for part in range(self.cut.parts(self.p)):
+        for part in range(self.parts()):
             page, slot = self.place(s, t, part)
             for r in runs(self.p, self.cut, self.head, slot, part):
                 yield page, r
@@ -152,7 +45,7 @@ class Worker:
     def fetch(self, s: Segment, t, slot) -> None:
         """Start the copies of the worker's tile t."""
         p = self.p
-        for page, r in self.parts(s, t):
+        for page, r in self.pieces(s, t):
             for side, dim in enumerate((p.head_dim, p.v_head_dim)):
                 pages, at = self.x["pages"][0 if p.layout.single else side], side * dim if p.layout.single else 0
                 source = (page, pl.ds(r.source, r.rows)) + ((pl.ds(at, dim),) if p.layout.single else ())
@@ -162,10 +55,7 @@ class Worker:
     def step(self, s: Segment, t) -> None:
         """Tile t: to numbers, and off."""
         slot = lax.rem(t, jnp.int32(self.cut.stages))
-        at = (s.tile + t * self.workers) * self.cut.tokens
-        low, high = jnp.maximum(s.first - at, 0), jnp.minimum(s.end - at, self.cut.tokens)
-        row = s.row + at - s.first
-        high = jnp.minimum(high, self.p.max_tokens - row)
+        row, low, high = self.span(s, t)
         self.find_scales(s, t)
         for side in range(2):
             plgpu.barrier_wait(self.ready.at[2 * slot + side])
@@ -182,7 +72,7 @@ class Worker:
         p, heads, tokens = self.p, self.cut.heads, self.cut.tokens
         if p.format.granularity in ("none", "tensor"):
             return
-        each = [(page, r.source + i, r.to + i) for page, r in self.parts(s, t) for i in range(r.rows)]
+        each = [(page, r.source + i, r.to + i) for page, r in self.pieces(s, t) for i in range(r.rows)]
         for side, scale in enumerate(self.x["scales"]):
             if p.format.granularity == "token_head":
                 found = [(row, scale[page, source]) for page, source, row in each]
@@ -237,23 +127,13 @@ class Worker:
         pl.when(jnp.logical_not(whole))(single)
         plgpu.commit_smem_to_gmem_group()
 
-    def fill(self, used, first) -> None:
-        """Zeros in the rows past the last sequence's: the worker's tiles of these, from `first` on."""
-        tokens, most = self.cut.tokens, self.p.max_tokens
-        spare = lax.div(most - used + tokens - 1, jnp.int32(tokens))
+    def clear(self) -> None:
+        """Zeros in both sides' tiles."""
+        for tile in self.tile:
+            layout = row_layout(tile.shape[1] & -tile.shape[1], self.p.dtype.itemsize)
+            tile[...] = plgpu.layout_cast(jnp.zeros(tile.shape, self.p.dtype), layout)
 
-        def zeros(i, carry):
-            row = used + (first + i * self.workers) * tokens
-            for side in range(2):
-                self.put(side, row, jnp.int32(0), jnp.minimum(most - row, tokens))
-            return carry
-
-        def clear() -> None:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for tile in self.tile:
-                layout = row_layout(tile.shape[1] & -tile.shape[1], self.p.dtype.itemsize)
-                tile[...] = plgpu.layout_cast(jnp.zeros(tile.shape, self.p.dtype), layout)
-            plgpu.commit_smem()
-            lax.fori_loop(0, lax.div(spare - first + self.workers - 1, jnp.int32(self.workers)), zeros, jnp.int32(0))
-
-        pl.when(first < spare)(clear)
+    def put_zeros(self, row, count) -> None:
+        """So many cleared rows to both results."""
+        for side in range(2):
+            self.put(side, row, jnp.int32(0), count)

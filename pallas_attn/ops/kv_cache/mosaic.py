@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_attn.core.narrow import slots32
 from pallas_attn.core.quantized import scale_of, to_codes
 from pallas_attn.ops.kv_cache.problem import Args, Problem
 from pallas_attn.runtime.mosaic import SMS, divide, row_layout
@@ -69,10 +70,7 @@ def run(p: Problem, *arrays):
     scratch = [plgpu.SMEM((height, x.shape[-1]), x.dtype) for x in rows]
     scratch += [plgpu.SMEM((height, x.shape[-1]), p.format.dtype) for x in rows]
     scratch += [plgpu.SMEM((2, height), jnp.float32), plgpu.Barrier(num_arrivals=2)]
-    if slots.dtype.itemsize > 4:  # 64 bits: nothing may wrap into the cache
-        end = p.pages * p.page_size
-        slots = jnp.where((slots >= 0) & (slots < end), slots, end)
-    inputs = (*rows, slots.astype(jnp.int32), *given)
+    inputs = (*rows, slots32(slots, p.pages * p.page_size), *given)
 
     # References make what comes in and what goes out one and the same memory.
     memory = [jax.new_ref(x) for x in written]

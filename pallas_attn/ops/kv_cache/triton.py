@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_attn.core.narrow import slots32
 from pallas_attn.ops.kv_cache.problem import Args, Problem
 from pallas_attn.runtime.triton import Shape, cache_constants, power_of_two, rule, stored, triton_op
 
@@ -32,8 +33,6 @@ def run(p: Problem, *arrays):
     per_token = p.format.granularity == "token_head"
     buffers = [stored(x) for x in cache.buffers]
     scales = [jnp.atleast_1d(x) for x in cache.scales or (nothing, nothing)]
-    if slots.dtype.itemsize > 4:  # 64 bits: nothing may wrap into the cache
-        slots = jnp.where((slots >= 0) & (slots < p.pages * p.page_size), slots, -1)
     given = [nothing, nothing] if per_token else scales
     # What is written comes in and goes out; of what is not, a number goes out that nobody writes.
     written = [buffers[0], nothing if p.layout.single else buffers[1], *(scales if per_token else [nothing, nothing])]
@@ -45,6 +44,6 @@ def run(p: Problem, *arrays):
         },
         aliases={5 + i: i for i, x in enumerate(written) if x is not nothing}, num_warps=4 if rows * dim > 1024 else 1,
     )  # fmt: skip
-    out = op(k, v, slots.astype(jnp.int32), *given, *written)
+    out = op(k, v, slots32(slots, p.pages * p.page_size), *given, *written)
     buffers = tuple(lax.bitcast_convert_type(x, p.format.dtype) for x in out[: len(cache.buffers)])
     return jax.tree.leaves(cache.replace(buffers, out[2:] if per_token else None))  # type: ignore[arg-type]

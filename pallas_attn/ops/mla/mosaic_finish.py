@@ -9,10 +9,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.formats import Format
+from pallas_attn.core.group_scales import MANTISSA
 from pallas_attn.core.quantized import scale_of, to_codes
 from pallas_attn.ops.mla.mosaic_form import LATENT, Form
 from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import divide, token_layout
+
+WORD = 4  # exponents of an int32
 
 
 def grouped(p: Problem) -> bool:
@@ -25,16 +28,43 @@ def filled(p: Problem) -> int:
     return p.tokens if p.out_format is None else p.tokens + -p.tokens % p.out_format.rows
 
 
+def packed(p: Problem) -> bool:
+    """Whether scales are exponents, several to a word."""
+    return p.out_format is not None and p.out_format.scale_type == "int32"
+
+
+def scale_array(p: Problem, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """Scales as kernels write them: float32, or words taken apart [.., 4], that each group may write its own byte."""
+    if packed(p):
+        return jax.ShapeDtypeStruct((*shape, WORD), jnp.uint8)
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def as_words(p: Problem, scales: jax.Array) -> jax.Array:
+    """What `scale_array` tells of, put together."""
+    return lax.bitcast_convert_type(scales, jnp.int32) if packed(p) else scales
+
+
+def as_stored(p: Problem, scale):
+    """Scales as they lie in memory: packed ones are exponents."""
+    if not packed(p):
+        return scale
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    shift = lax.broadcast_in_dim(jnp.int32(MANTISSA), bits.shape, [])
+    return lax.shift_right_logical(bits, shift).astype(jnp.uint8)
+
+
 def result_arrays(p: Problem, form: Form) -> list[jax.ShapeDtypeStruct]:
-    """The results as kernels write them: rows [T * heads, C], and scales [T, heads, groups] or [heads, groups, T']."""
+    """The results as kernels write them: rows [T * heads, C], and scales [T, heads, groups] or [heads, groups, T'],
+    packed ones in words of four groups."""
     arrays = [jax.ShapeDtypeStruct((p.tokens * form.heads, LATENT), p.out_dtype)]
     if grouped(p):
         assert p.out_format is not None
         assert p.out_format.group is not None
         groups = LATENT // p.out_format.group
         by_row = p.out_format.order == "row"
-        shape = (p.tokens, form.heads, groups) if by_row else (form.heads, groups, filled(p))
-        arrays.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+        words = groups // WORD if packed(p) else groups
+        arrays.append(scale_array(p, (p.tokens, form.heads, groups) if by_row else (form.heads, words, filled(p))))
     return arrays
 
 
@@ -48,7 +78,7 @@ def as_results(p: Problem, form: Form, arrays) -> tuple[jax.Array, ...]:
     if p.out_format.order == "row":
         scale = scales[0][:, : p.heads].reshape(p.tokens, -1)
     else:
-        scale = scales[0][: p.heads].reshape(-1, scales[0].shape[-1])
+        scale = as_words(p, scales[0])[: p.heads].reshape(-1, filled(p))
     return values.reshape(p.tokens, -1), scale
 
 
@@ -104,7 +134,11 @@ def leave_scales(p: Problem, form: Form, tile, out, row, real, chunk: int, group
             token, head = lax.div(row + at, jnp.int32(form.heads)), lax.rem(row + at, jnp.int32(form.heads))
             heads = pl.ds(head, chunk)
             scales = plgpu.load(tile.at[pl.ds(at, chunk)], layout=token_layout(chunk), optimized=False)
-            scatter(out.at[token, heads, group] if row_order else out.at[heads, group, token], scales)
+            if packed(p):
+                word, byte = lax.div(group, jnp.int32(WORD)), lax.rem(group, jnp.int32(WORD))
+                scatter(out.at[heads, word, token, byte], as_stored(p, scales))
+            else:
+                scatter(out.at[token, heads, group] if row_order else out.at[heads, group, token], scales)
 
         pl.when(at < real)(some)
 

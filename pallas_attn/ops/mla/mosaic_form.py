@@ -35,6 +35,7 @@ class Form(NamedTuple):
     workers: int  # stretches of tiles
     tokens: int  # of a sequence, at most
     seqs: int  # where keys are listed, every token is a sequence of its own; or pieces, at most
+    tiles: int = 0  # of each token's list
 
 
 def form_of(p: Problem, workers: int | None = None) -> Form:
@@ -45,7 +46,9 @@ def form_of(p: Problem, workers: int | None = None) -> Form:
     if in_pieces(p):
         tokens, seqs = pieces(p, ROWS // chunk)
     columns = -(-heads * tokens // ROWS)
-    return Form(heads, chunk, columns, min(heads * tokens, ROWS), workers or max(SMS // columns, 1), tokens, seqs)
+    tiles = -(-(p.topk or 0) // TILE)
+    workers = workers or max(SMS // columns, 1)
+    return Form(heads, chunk, columns, min(heads * tokens, ROWS), workers, tokens, seqs, tiles)
 
 
 def in_pieces(p: Problem) -> bool:
@@ -67,22 +70,51 @@ def padded_heads(p: Problem) -> int:
     return -(-p.heads // 8) * 8
 
 
+class Listed(NamedTuple):
+    """What the kernels themselves ask of the batch where keys are listed; page table and lengths only for positions."""
+
+    cu_q_lens: Any
+    live: Any  # [1]
+    kv_lens: Any
+    page_table: Any
+
+
 class Inputs(NamedTuple):
-    """What the kernels read from global memory; what is absent is one number."""
+    """What the kernels read from global memory; what is absent is one number, or None where that is said."""
 
     q_latent: Any  # [T * heads, C]
     q_rope: Any  # [T * heads, R]
     pages: Any  # [N, S, C + R], or rows of bytes [N * S, 656]
-    page_table: Any  # where keys are listed, their slots [T, tiles, TILE]
+    page_table: Any  # where keys are listed, the list [T, tiles, TILE]
     owners: Any  # the row of the page table of each piece; None where sequences are whole
-    kv_lens: Any
-    cu_q_lens: Any
+    kv_lens: Any  # where keys are listed, how many; None for as many as there are, of every real token
+    cu_q_lens: Any  # this and what follows: None for a token a sequence, and as many tiles
     live: Any  # [1]
     before: Any  # Schedule.before
     scale: Any  # [1], of the logits
     cache_scale: Any  # [1]
     q_scales: Any  # of both parts: [1], or [T * heads + 64]
     out_scale: Any  # [1]
+    listed: Any = None  # Listed, where a token's own sequence has to be known
+
+
+def owner(x: Listed, token):
+    """(sequence, whether there is such a one) of a query token: in a decode step its own number, else by halving."""
+    seqs = x.cu_q_lens.shape[0] - 1
+    live = jnp.clip(x.live[0], 0, seqs)
+    guess = jnp.minimum(token, seqs - 1)
+    right = (x.cu_q_lens[guess] <= token) & (token < x.cu_q_lens[guess + 1]) & (guess < live)
+
+    def halve(bounds):
+        low, high = bounds
+        middle = lax.div(low + high, jnp.int32(2))
+        further = x.cu_q_lens[middle] <= token
+        return jnp.where(further, middle, low), jnp.where(further, high, middle)
+
+    bounds = jnp.where(right, guess, 0), jnp.where(right, guess, live) + 1
+    low, _ = lax.while_loop(lambda bounds: bounds[1] - bounds[0] > 1, halve, bounds)
+    b = jnp.minimum(low, seqs - 1)
+    return b, (low < live) & (x.cu_q_lens[b] <= token) & (token < x.cu_q_lens[b + 1])
 
 
 class Sequence(NamedTuple):
@@ -91,10 +123,18 @@ class Sequence(NamedTuple):
     kv_len: Any
     start: Any  # first query token
     q_len: Any
+    owner: Any = None  # of a token with listed keys: its sequence, and the cached tokens of that
+    context: Any = None
 
     @classmethod
     def read(cls, p: Problem, form: Form, x: Inputs, b) -> "Sequence":
-        """Sequence b; padding has no query tokens."""
+        """Sequence b; padding has no query tokens, or no keys."""
+        if x.listed is not None:
+            seq, real = owner(x.listed, b)
+            room = p.pages_per_seq * p.page_size
+            context = None if x.listed.kv_lens is None else jnp.clip(x.listed.kv_lens[seq], 0, room)
+            keys = p.keys if x.kv_lens is None else jnp.clip(x.kv_lens[b], 0, p.keys)
+            return cls(jnp.where(real, keys, 0), b, jnp.int32(1), seq, context)
         start = jnp.clip(x.cu_q_lens[b], 0, p.tokens)
         end = jnp.clip(x.cu_q_lens[b + 1], 0, p.tokens)
         q_len = jnp.where(b < x.live[0], jnp.clip(end - start, 0, form.tokens), 0)
@@ -129,19 +169,27 @@ class Segment(NamedTuple):
         return 2 * self.worker + (self.tile0 == 0).astype(jnp.int32)
 
 
+def begins(x: Inputs, form: Form, b):
+    """Tiles before sequence b."""
+    return jnp.int32(b * form.tiles) if x.before is None else x.before[b]
+
+
 def share(x: Inputs, form: Form):
     """(tiles in all, tiles of each worker): equal shares, but whole sequences where all are of one length and that
     costs a worker no more than a few tiles. A part of a sequence leaves its result in memory in float32."""
-    total, one = x.before[form.seqs], x.before[1]
+    total, one = begins(x, form, form.seqs), begins(x, form, 1)
+    live = form.seqs if x.live is None else x.live[0]
     each = jnp.maximum(lax.div(total + (form.workers - 1), jnp.int32(form.workers)), 1)
     whole = lax.div(each + one - 1, jnp.maximum(one, 1)) * one
-    return total, jnp.where((total == one * x.live[0]) & (whole >= each) & (whole <= each + SLACK), whole, each)
+    return total, jnp.where((total == one * live) & (whole >= each) & (whole <= each + SLACK), whole, each)
 
 
-def find(before, first, last):
+def find(x: Inputs, form: Form, first, last):
     """The sequences that tiles `first` and `last` of the flat list belong to, by a vote inside of each warp: sums
     across warps would share their memory with those of the other warpgroups."""
-    votes = jnp.int32(0)
+    if x.before is None:
+        return lax.div(first, jnp.int32(form.tiles)), lax.div(last, jnp.int32(form.tiles))
+    before, votes = x.before, jnp.int32(0)
     for at in range(0, before.shape[0], CHUNK):
         size = min(CHUNK, before.shape[0] - at)
         starts = plgpu.load(before.at[pl.ds(at, size)], layout=token_layout(size), optimized=False)
@@ -151,7 +199,7 @@ def find(before, first, last):
 
 def segment(p: Problem, form: Form, x: Inputs, b, worker, column, start, end) -> Segment:
     """What a worker that has the tiles `start` to `end` of the list reads of sequence b."""
-    seq, begin, following = Sequence.read(p, form, x, b), x.before[b], x.before[b + 1]
+    seq, begin, following = Sequence.read(p, form, x, b), begins(x, form, b), begins(x, form, b + 1)
     tiles = seq.tiles(following - begin)
     tile0 = jnp.maximum(start - begin, 0)
     last = jnp.minimum(end - begin, tiles)

@@ -22,6 +22,7 @@ WORDS = 2 * THREADS  # of barriers, two each, and, the second half, their phases
 MOST_SCALE = 128.0  # times 448 is the largest in f16
 SEEN, UNSEEN = (int(np.float32(x).view(np.int32)) for x in (0, 2 * FAR))  # what is added to a logit, as its bits
 REF, NUMBER = plgpu.RefType(), Layout.WG_SPLAT(())
+SLOTS = plgpu.ShapeDtypeStruct((THREADS,), jnp.int32, layout=Layout.WG_STRIDED((THREADS,), vec_size=1))
 
 
 def layout_of(rows: int, columns: int):
@@ -58,34 +59,66 @@ def wait(turns, place: int) -> None:
     wait(turns)  # type: ignore[reportCallIssue]
 
 
-def gather(turns, place: int, landing, slots, cache, zeros, first, listed) -> None:
-    """Ask for the rows of `cache` that `slots` [first:] names, as many as `landing` [rows, bytes] takes; for `zeros` in
-    place of what is none, or not below `listed`. Slots are replaced by what their logits are to be masked with."""
+def read_slots(list_, first, listed, rows: int):
+    """The slots that the list [first:] names for some rows, one for each lane that asks for a row; -1 from `listed`
+    on."""
+
+    @plgpu.inline_mgpu(arg_types=(REF, NUMBER, NUMBER), return_type=SLOTS)
+    def take(_, list_, first, listed):
+        at, slot = _entry(list_, first, rows)
+        return _per_thread(
+            arith.select(arith.cmpi(arith.CmpIPredicate.slt, at, listed.registers.item()), slot, _int(-1))
+        )
+
+    return take(list_, first, listed)  # type: ignore[reportCallIssue]
+
+
+def look_up(list_, first, listed, rows: int, page_table, seq, context, pages: int, page_size: int):
+    """The same of a list of positions in sequence `seq`, of which `context` tokens are cached; -1 for what names none
+    of them. Page numbers are kept inside of the cache."""
+
+    @plgpu.inline_mgpu(arg_types=(REF, REF, *(NUMBER,) * 4), return_type=SLOTS)
+    def take(_, list_, page_table, first, listed, seq, context):
+        at, position = _entry(list_, first, rows)
+        below, within = arith.CmpIPredicate.slt, arith.CmpIPredicate.ult
+        real = arith.andi(
+            arith.cmpi(below, at, listed.registers.item()), arith.cmpi(within, position, context.registers.item())
+        )
+        position = arith.select(real, position, _int(0))
+        column = arith.divui(position, _int(page_size))
+        page = memref.load(page_table, [_index(seq.registers.item()), _index(column)])
+        page = arith.minsi(arith.maxsi(page, _int(0)), _int(pages - 1))
+        slot = arith.addi(arith.muli(page, _int(page_size)), arith.remui(position, _int(page_size)))
+        return _per_thread(arith.select(real, slot, _int(-1)))
+
+    return take(list_, page_table, first, listed, seq, context)  # type: ignore[reportCallIssue]
+
+
+def gather(turns, place: int, landing, list_, cache, zeros, first, slots) -> None:
+    """Ask for the rows of `cache` that lanes have the slots of, as many as `landing` [rows, bytes] takes; for `zeros`
+    in place of what is none. The list's entries, [first:], become what their logits are to be masked with."""
     rows, pitch = landing.shape
     size = cache.shape[1] * jnp.dtype(cache.dtype).itemsize
 
-    @plgpu.inline_mgpu(arg_types=(*(REF,) * 5, NUMBER, NUMBER))
-    def ask(_, turns, landing, slots, cache, zeros, first, listed):
-        i64, lane, barrier = ir.IntegerType.get_signless(64), _lane(), _barrier(turns, place)
+    @plgpu.inline_mgpu(arg_types=(*(REF,) * 5, NUMBER, SLOTS.layout))
+    def ask(_, turns, landing, list_, cache, zeros, first, slots):
+        lane, barrier = _lane(), _barrier(turns, place)
         row = arith.addi(arith.muli(_warp(), _int(rows // WARPS)), lane)
         utils.warp_barrier()  # every lane has read what was there
         with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
             barrier.arrive_expect_tx(rows * size)
         with utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, _int(rows // WARPS))):
-            at, end = arith.addi(first.registers.item(), row), listed.registers.item()
-            slot, rows_of_cache = memref.load(slots, [_index(at)]), _int(ir.MemRefType(cache.type).shape[0])
-            real = arith.cmpi(arith.CmpIPredicate.ult, slot, rows_of_cache)
-            real = arith.andi(real, arith.cmpi(arith.CmpIPredicate.slt, at, end))
-            offset = arith.muli(arith.extui(i64, slot), arith.constant(i64, size))
-            source = arith.select(real, _plus(utils.memref_ptr(cache), offset), utils.memref_ptr(zeros))
-            memref.store(arith.select(real, _int(SEEN), _int(UNSEEN)), slots, [_index(at)])
+            real, source = _source(slots, cache, size)
+            source = arith.select(real, source, utils.memref_ptr(zeros))
+            at = _index(arith.addi(first.registers.item(), row))
+            memref.store(arith.select(real, _int(SEEN), _int(UNSEEN)), list_, [at])
             to = _plus(utils.memref_ptr(landing), arith.muli(row, _int(pitch)))
             utils.inline_ptx(
                 f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], {size}, [$2];",
                 to, source, barrier.get_ptr(), has_side_effects=True,
             )  # fmt: skip
 
-    ask(turns, landing, slots, cache, zeros, first, listed)  # type: ignore[reportCallIssue]
+    ask(turns, landing, list_, cache, zeros, first, slots)  # type: ignore[reportCallIssue]
 
 
 def read(landing, at: int, columns: int, dtype):
@@ -160,6 +193,28 @@ def _loads(kind, landing, at: int, width: int) -> list:
     column = arith.muli(arith.remui(_lane(), _int(LANES)), _int(width))
     first = _plus(utils.memref_ptr(landing), arith.addi(arith.muli(row, _int(pitch)), column))
     return [llvm.load(kind, _plus(first, at + i * pitch), alignment=max(width, 4)) for i in range(0, rows // WARPS, 2)]
+
+
+def _entry(list_, first, rows: int) -> tuple:
+    """(place, number) of the list's entry for the lane's row; lanes that ask for none repeat others."""
+    some = rows // WARPS
+    row = arith.addi(arith.muli(_warp(), _int(some)), arith.remui(_lane(), _int(some)))
+    at = arith.addi(first.registers.item(), row)
+    return at, memref.load(list_, [_index(at)])
+
+
+def _per_thread(x) -> FragmentedArray:
+    """A number of each thread's own as `SLOTS`."""
+    one = vector.from_elements(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), [x])
+    return FragmentedArray(_registers=np.array([one], dtype=object), _layout=SLOTS.layout.to_mgpu(), _is_signed=True)
+
+
+def _source(slots, cache, size: int) -> tuple:
+    """(whether the thread's slot is one, where its row is)."""
+    i64 = ir.IntegerType.get_signless(64)
+    slot = vector.extract(slots.registers.item(), [], [0])
+    real = arith.cmpi(arith.CmpIPredicate.ult, slot, _int(ir.MemRefType(cache.type).shape[0]))
+    return real, _plus(utils.memref_ptr(cache), arith.muli(arith.extui(i64, slot), arith.constant(i64, size)))
 
 
 def _barrier(turns, place: int):

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.ops.mla.mosaic_finish import filled, finish, grouped, leave_rows, leave_scales
-from pallas_attn.ops.mla.mosaic_form import LATENT, Form, Inputs, Sequence, share
+from pallas_attn.ops.mla.mosaic_form import LATENT, Form, Inputs, Sequence, begins, share
 from pallas_attn.ops.mla.mosaic_worker import FAR, PART
 from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import LOG2E, ROWS, SMS, row_layout
@@ -37,13 +37,18 @@ def merge(p: Problem, form: Form, x: Inputs, results, partial, stats, interpret,
     together = tuple(-(-expected // -(-expected // max(n, 1))) for n in fit)
     memory = [jax.new_ref(r) for r in results]
     out = [jax.ShapeDtypeStruct((p.tokens * form.heads,), jnp.float32)] if p.return_lse else []
-    arrays = (partial, stats, x.cu_q_lens, x.kv_lens, x.live, x.before, x.out_scale)
+    nothing: Any = [None] * len(Inputs._fields)
+    needed = ("cu_q_lens", "kv_lens", "live", "before", "out_scale", "listed")
+    read = Inputs(*nothing)._replace(**{name: getattr(x, name) for name in needed})
+    arrays, tree = jax.tree.flatten((partial, stats, read))
     more = () if following is None else (following,)
 
     def combine(*refs):
         ins, refs = refs[: len(arrays)], refs[len(arrays) + len(more) :]
         places, rest = refs[: len(memory)], refs[len(memory) :]
-        body = Merge(p, form, tall, together, ins, places, rest[:-2], rest[-2], rest[-1], interpret)
+        body = Merge(
+            p, form, tall, together, jax.tree.unflatten(tree, ins), places, rest[:-2], rest[-2], rest[-1], interpret
+        )
         body.run(followed=bool(more))
 
     kernel = plgpu.kernel(
@@ -59,9 +64,7 @@ class Merge:
 
     def __init__(self, p: Problem, form: Form, tall: int, together: tuple, ins, places, lse, tile, row_tile, interpret):
         self.p, self.form, self.tall, self.together, self.interpret = p, form, tall, together, interpret
-        self.partial, self.stats, cu_q_lens, kv_lens, self.live, self.before, self.out_scale = ins
-        nothing: Any = [None] * len(Inputs._fields)
-        self.x = Inputs(*nothing)._replace(cu_q_lens=cu_q_lens, kv_lens=kv_lens, live=self.live, before=self.before)
+        self.partial, self.stats, self.x = ins
         self.out, self.scales = places[0], places[1] if grouped(p) else None
         self.lse: Any = lse[0] if lse else None
         self.tile, self.row_tile = tile, row_tile
@@ -78,9 +81,10 @@ class Merge:
         self.row, self.real = seq.start * form.heads + first, jnp.clip(seq.q_len * form.heads - first, 0, self.tall)
         self.column, self.at = lax.div(first, jnp.int32(ROWS)), lax.rem(first, jnp.int32(ROWS))
         _, each = share(self.x, form)
-        count = seq.tiles(self.before[b + 1] - self.before[b])
-        self.low = lax.div(self.before[b], each)
-        self.parts = jnp.where(count > 0, lax.div(self.before[b] + count - 1, each) - self.low + 1, 0)
+        begin, following = begins(self.x, form, b), begins(self.x, form, b + 1)
+        count = seq.tiles(following - begin)
+        self.low = lax.div(begin, each)
+        self.parts = jnp.where(count > 0, lax.div(begin + count - 1, each) - self.low + 1, 0)
         if self.interpret is None:  # launched before the workers have ended: nothing of theirs is read sooner
             plgpu.griddepcontrol_wait()
             if followed:
@@ -155,7 +159,7 @@ class Merge:
     def leave(self, acc, row, real, scaled) -> None:
         """Values [tall, PART] in float32 to so many rows of the result, with the scales of so many."""
         p, chunk = self.p, math.gcd(self.tall, self.form.chunk)
-        values, scales = finish(p, acc, self.out_scale[0], self.layout, self.interpret)
+        values, scales = finish(p, acc, self.x.out_scale[0], self.layout, self.interpret)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.commit_smem()
         self.tile[...] = values
@@ -184,8 +188,10 @@ class Merge:
     def clear(self, b) -> None:
         """Every seqs-th token that belongs to no sequence is zero; rows that fill up the scales have those of zeros."""
         p, form = self.p, self.form
-        start = jnp.clip(self.x.cu_q_lens[0], 0, p.tokens)
-        end = jnp.clip(self.x.cu_q_lens[jnp.clip(self.live[0], 0, form.seqs)], start, p.tokens)
+        start, end = jnp.int32(0), jnp.int32(p.tokens)
+        if self.x.cu_q_lens is not None:
+            start = jnp.clip(self.x.cu_q_lens[0], 0, p.tokens)
+            end = jnp.clip(self.x.cu_q_lens[jnp.clip(self.x.live[0], 0, form.seqs)], start, p.tokens)
         zero = plgpu.layout_cast(jnp.zeros((self.tall, PART), jnp.float32), self.layout)
         nothing = plgpu.layout_cast(jnp.full((self.tall,), -jnp.inf, jnp.float32), self.of_rows)
 

@@ -19,15 +19,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.batch import TILE, padded
+from pallas_attn.core.narrow import clamped, slots32
 from pallas_attn.ops.mla import mosaic_worker
-from pallas_attn.ops.mla.mosaic_form import HALF, ROPE, Form, Segment
-from pallas_attn.ops.mla.mosaic_gather import SEEN, UNSEEN, WORDS, begin, gather, put, wait
+from pallas_attn.ops.mla.mosaic_form import HALF, ROPE, Form, Listed, Segment
+from pallas_attn.ops.mla.mosaic_gather import SEEN, UNSEEN, WORDS, begin, gather, look_up, put, read_slots, wait
 from pallas_attn.ops.mla.mosaic_worker import PART, add_product, stages, state
 from pallas_attn.ops.mla.problem import Args, Problem
 from pallas_attn.ops.mla.terms import seen, tokens
 from pallas_attn.runtime.mosaic import ACC, OVER_COLUMNS, ROWS, Layout, swizzled
 
 LISTS = 4  # tiles' slots in flight
+LOOK_UP = False  # the kernels go from positions to slots themselves, and nothing is launched before them
 
 
 def keys(p: Problem, args: Args, rows: tuple) -> dict[str, Any]:
@@ -55,6 +57,38 @@ def keys(p: Problem, args: Args, rows: tuple) -> dict[str, Any]:
         "live": jnp.full(1, p.tokens, jnp.int32),
         "before": jnp.pad(before, (0, spare), constant_values=np.iinfo(np.int32).max),
     }  # fmt: skip
+
+
+def asked(p: Problem, args: Args, rows: tuple) -> dict[str, Any]:
+    """The same for kernels that ask the batch themselves whose token a row is and where its keys lie. XLA has to add up
+    lengths, where there are any, and to fill up lists that are not whole tiles."""
+    assert p.topk is not None
+    assert args.topk is not None
+    batch, lengths, before = args.batch, args.topk.lengths, None
+    room, tiles = (p.pages if p.topk_slots else p.pages_per_seq) * p.page_size, -(-p.topk // TILE)
+    list_ = slots32(args.topk.indices, room)
+    if p.topk % TILE:
+        list_ = jnp.pad(list_, ((0, 0), (0, tiles * TILE - p.topk)), constant_values=-1)
+    if lengths is not None:
+        lengths = jnp.clip(lengths, 0, p.topk).astype(jnp.int32)
+        before = jnp.pad(jnp.cumsum(-(-lengths // TILE)).astype(jnp.int32), (1, 0))
+        spare = padded(p.tokens) - p.tokens - 1
+        before = jnp.pad(before, (0, spare), constant_values=np.iinfo(np.int32).max)
+    live = jnp.asarray(p.seqs if batch.num_seqs is None else batch.num_seqs)
+    where = (None, None)
+    if not p.topk_slots:
+        where = clamped(batch.kv_lens, room), clamped(batch.page_table, p.pages - 1)
+    return {
+        "pages": rows, "page_table": list_.reshape(p.tokens, tiles, TILE), "owners": None,
+        "kv_lens": lengths, "cu_q_lens": None, "live": None, "before": before,
+        "listed": Listed(clamped(batch.cu_q_lens, p.tokens), clamped(live, p.seqs).reshape(1), *where),
+    }  # fmt: skip
+
+
+def with_nothing(rows):
+    """Rows of a cache, then one of zeros for keys that are none. Another one beside it keeps XLA from launching a
+    kernel that writes the zeros: it is a constant now."""
+    return rows, jnp.asarray(np.repeat([[0], [1]], rows.shape[1], axis=1).astype(rows.dtype))
 
 
 def memory(p: Problem, form: Form, interpret, wide, landing: list) -> dict[str, Any]:
@@ -195,7 +229,7 @@ class Worker(mosaic_worker.Worker):
         def first() -> None:
             self.await_slots(s, jnp.int32(0))
             for band in range(self.places):
-                self.gather(s, jnp.int32(0), band)
+                self.gather(s, jnp.int32(0), band, self.slots_of(s, jnp.int32(0), self.rows(band)))
 
         pl.when(s.count > 0)(first)
 
@@ -212,6 +246,17 @@ class Worker(mosaic_worker.Worker):
         """Until the slots of a tile are there."""
         pl.when(t < s.count)(lambda: plgpu.barrier_wait(self.listed.at[lax.rem(t, jnp.int32(LISTS))]))
 
+    def slots_of(self, s: Segment, t, rows) -> Any:
+        """The slots of some rows of a tile, a lane's own; of a tile that is none they are anything."""
+        if self.interpret is not None:
+            return None
+        list_, listed = self.slots.at[lax.rem(t, jnp.int32(LISTS))], s.seq.kv_len - (s.tile0 + t) * TILE
+        if s.seq.context is None:
+            return read_slots(list_, rows.start, listed, rows.size)
+        table, seq = self.x.listed.page_table, s.seq
+        where = seq.owner, seq.context, self.p.pages, self.p.page_size
+        return look_up(list_, rows.start, listed, rows.size, table, *where)
+
     def place(self, band: int):
         """Where a band lands."""
         return self.role * self.places + band % self.places
@@ -221,19 +266,19 @@ class Worker(mosaic_worker.Worker):
         count = TILE // 2 // self.bands
         return pl.ds(pl.multiple_of(self.role * (TILE // 2) + band * count, 8), count)
 
-    def gather(self, s: Segment, t, band: int) -> None:
+    def gather(self, s: Segment, t, band: int, slots) -> None:
         """Ask for a band of a tile's rows."""
         list_, place, rows = lax.rem(t, jnp.int32(LISTS)), self.place(band), self.rows(band)
-        listed, half = s.seq.kv_len - (s.tile0 + t) * TILE, len(self.x.pages) // 2
+        half = len(self.x.pages) // 2
         cache, zeros = self.x.pages[:half], self.x.pages[half:]
         if self.interpret is None:
-            turns, to, slots = self.landed[0].at[self.role], self.landing[0].at[place], self.slots.at[list_]
-            gather(turns, band % self.places, to, slots, cache[0], zeros[0], rows.start, listed)
+            turns, to = self.landed[0].at[self.role], self.landing[0].at[place]
+            gather(turns, band % self.places, to, self.slots.at[list_], cache[0], zeros[0], rows.start, slots)
             return
 
         def one(i, carry):
-            slot = self.slots[list_, rows.start + i]
-            real = (slot >= 0) & (slot < cache[0].shape[0]) & (rows.start + i < listed)
+            slot = self.slot(s, t, rows.start + i)
+            real = (slot >= 0) & (slot < cache[0].shape[0])
             for row, none, to in zip(cache, zeros, self.landing, strict=True):
                 copy = lambda x, at, to=to: plgpu.copy_gmem_to_smem(x.at[at], to.at[place, i], self.landed[0].at[place])  # noqa: E731
                 pl.when(real)(lambda row=row, copy=copy: copy(row, slot))
@@ -243,19 +288,32 @@ class Worker(mosaic_worker.Worker):
 
         lax.fori_loop(0, rows.size, one, jnp.int32(0))
 
+    def slot(self, s: Segment, t, row):
+        """`slots_of` for the interpreter: of one row."""
+        number, p, size = self.slots[lax.rem(t, jnp.int32(LISTS)), row], self.p, jnp.int32(self.p.page_size)
+        real = row < s.seq.kv_len - (s.tile0 + t) * TILE
+        if s.seq.context is not None:
+            real &= (number >= 0) & (number < s.seq.context)
+            number = jnp.where(real, number, 0)
+            page = jnp.clip(self.x.listed.page_table[s.seq.owner, lax.div(number, size)], 0, p.pages - 1)
+            number = page * size + lax.rem(number, size)
+        return jnp.where(real, number, -1)
+
     def widen(self, s: Segment, t) -> None:
         """The warpgroup's rows of a tile made ready for the matrix unit."""
         slot = lax.rem(t, jnp.int32(2))
         self.await_slots(s, t + 1)
-        for band in range(self.bands):
+        next_ = [divmod(band + self.places, self.bands) for band in range(self.bands)]
+        # Looked up before there is anything to wait for.
+        slots = [self.slots_of(s, t + later, self.rows(band)) for later, band in next_]
+        for band, (later, following) in enumerate(next_):
             if self.interpret is None:
                 wait(self.landed[0].at[self.role], band % self.places)
             else:
                 plgpu.barrier_wait(self.landed[0].at[self.place(band)])
             self.convert(slot, band)
-            later, following = divmod(band + self.places, self.bands)
-            more = t + later < s.count
-            pl.when(more)(lambda later=later, following=following: self.gather(s, t + later, following))
+            ask = lambda later=later, band=band, following=following: self.gather(s, t + later, following, slots[band])  # noqa: E731
+            pl.when(t + later < s.count)(ask)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.full.at[slot])
 

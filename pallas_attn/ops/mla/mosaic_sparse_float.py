@@ -10,7 +10,7 @@ from pallas_attn.core.batch import TILE
 from pallas_attn.ops.mla import mosaic_sparse
 from pallas_attn.ops.mla.mosaic_form import HALF, LATENT, ROPE, Form
 from pallas_attn.ops.mla.mosaic_gather import read
-from pallas_attn.ops.mla.mosaic_sparse import memory
+from pallas_attn.ops.mla.mosaic_sparse import memory, with_nothing
 from pallas_attn.ops.mla.problem import Problem
 
 WIDTH = LATENT + ROPE
@@ -19,7 +19,7 @@ PIECE = 128  # columns that are moved at once
 
 def rows(p: Problem, pages, interpret) -> tuple:
     """The cache's rows, then one of zeros."""
-    return pages.reshape(p.pages * p.page_size, WIDTH), jnp.zeros((1, WIDTH), pages.dtype)
+    return with_nothing(pages.reshape(p.pages * p.page_size, WIDTH))
 
 
 def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:

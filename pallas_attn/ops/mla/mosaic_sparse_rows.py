@@ -17,7 +17,7 @@ from pallas_attn.core.latent_cache import DS_BYTES, DS_CODES, DS_SCALES
 from pallas_attn.ops.mla import mosaic_sparse
 from pallas_attn.ops.mla.mosaic_form import HALF, LATENT, ROPE, Form
 from pallas_attn.ops.mla.mosaic_gather import MOST_SCALE, read, read_codes
-from pallas_attn.ops.mla.mosaic_sparse import memory
+from pallas_attn.ops.mla.mosaic_sparse import memory, with_nothing
 from pallas_attn.ops.mla.problem import Problem
 
 WIDE, PAIR = jnp.float16, jnp.bfloat16  # what is multiplied; what a row's bytes past the codes are read as
@@ -27,7 +27,7 @@ GROUP = 128  # columns of one scale
 def rows(p: Problem, pages, interpret) -> tuple:
     """The cache's rows, then one of zeros. The interpreter, which reads no bytes as another type, has each twice: as
     codes and as pairs."""
-    every = pages.reshape(p.pages * p.page_size, DS_BYTES), jnp.zeros((1, DS_BYTES), jnp.uint8)
+    every = with_nothing(pages.reshape(p.pages * p.page_size, DS_BYTES))
     if interpret is None:
         return every
     codes = [lax.bitcast_convert_type(x, E4M3) for x in every]

@@ -21,9 +21,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_attn.core.group_scales import MANTISSA
 from pallas_attn.core.output import out_arrays
-from pallas_attn.ops.mla.mosaic_finish import filled, finish, grouped, scatter
+from pallas_attn.ops.mla.mosaic_finish import (
+    WORD,
+    as_stored,
+    as_words,
+    filled,
+    finish,
+    grouped,
+    packed,
+    scale_array,
+    scatter,
+)
 from pallas_attn.ops.mla.mosaic_form import LATENT
 from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import ACC, ROWS, SMS, Layout, swizzled, token_layout
@@ -31,7 +40,6 @@ from pallas_attn.runtime.mosaic import ACC, ROWS, SMS, Layout, swizzled, token_l
 PIECE = 128  # of the latent
 PIECES = LATENT // PIECE
 WHOLE = 8  # tokens: rows of a tile in shared memory
-WORD = 4  # exponents of an int32
 
 
 class Plan(NamedTuple):
@@ -94,10 +102,7 @@ def _arrays(p: Problem, plan: Plan) -> tuple[jax.ShapeDtypeStruct, ...]:
     if not grouped(p):
         return (jax.ShapeDtypeStruct(shape, p.out_dtype),)
     values, scales = out_arrays(shape, p.out_dtype, p.out_format)
-    assert p.out_format is not None
-    if p.out_format.scale_type == "int32":
-        scales = jax.ShapeDtypeStruct((*scales.shape, WORD), jnp.uint8)
-    return values, scales
+    return values, scale_array(p, scales.shape)
 
 
 def _as_scales(p: Problem, scales):
@@ -105,8 +110,8 @@ def _as_scales(p: Problem, scales):
     assert p.out_format is not None
     if p.out_format.order == "row":
         return scales[: p.tokens]
-    if p.out_format.scale_type == "int32":
-        scales = lax.bitcast_convert_type(scales, jnp.int32)
+    scales = as_words(p, scales)
+    if packed(p):
         last = p.heads * (p.v_dim or 0) // (p.out_format.group or 1) % WORD
         if last:  # no group fills the last word
             words = lax.broadcasted_iota(jnp.int32, scales.shape, 0)
@@ -214,7 +219,7 @@ class Up:
         chunk = math.gcd(self.plan.height, 32)  # a power of two, for the registers of a vector
         for at in range(0, self.plan.height, chunk):
             some = plgpu.load(self.row_tile.at[pl.ds(at, chunk)], layout=token_layout(chunk), optimized=False)
-            scatter(self.place(pl.ds(first + at, chunk), group), self.stored(some))
+            scatter(self.place(pl.ds(first + at, chunk), group), as_stored(self.p, some))
         plgpu.commit_smem()
 
     def place(self, rows, group):
@@ -222,15 +227,6 @@ class Up:
         assert self.p.out_format is not None
         if self.p.out_format.order == "row":
             return self.scales.at[rows, group]
-        if self.p.out_format.scale_type == "int32":
+        if packed(self.p):
             return self.scales.at[lax.div(group, jnp.int32(WORD)), rows, lax.rem(group, jnp.int32(WORD))]
         return self.scales.at[group, rows]
-
-    def stored(self, scale):
-        """Scales as they lie in memory: packed ones are exponents."""
-        assert self.p.out_format is not None
-        if self.p.out_format.scale_type != "int32":
-            return scale
-        bits = lax.bitcast_convert_type(scale, jnp.int32)
-        shift = lax.broadcast_in_dim(jnp.int32(MANTISSA), bits.shape, [])
-        return lax.shift_right_logical(bits, shift).astype(jnp.uint8)

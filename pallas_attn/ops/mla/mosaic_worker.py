@@ -103,7 +103,7 @@ class Worker:
         total, each = share(x, form)
         self.start = jnp.minimum(self.worker * each, total)
         self.end = jnp.minimum(self.start + each, total)
-        self.first, last = find(x.before, self.start, self.end - 1)
+        self.first, last = find(x, form, self.start, self.end - 1)
         self.touched = jnp.where(self.end > self.start, last - self.first + 1, 0)
         pl.when(self.role < 2)(lambda: self.walk(self.prime_values, self.weigh))
         pl.when(self.role == 2)(lambda: self.walk(self.prime_scores, self.score))

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.group_scales import MANTISSA
 from pallas_attn.core.index_cache import SCALE_BYTES
+from pallas_attn.core.narrow import slots32
 from pallas_attn.core.quantized import scale_of, to_codes
 from pallas_attn.ops.sparse_indexer.mosaic_parts import DIM
 from pallas_attn.ops.sparse_indexer.write.problem import Args, Problem
@@ -43,8 +44,6 @@ def supports(p: Problem) -> str | None:
 def run(p: Problem, *arrays):
     """The written pages."""
     cache, k, slots = Args(*arrays)
-    if slots.dtype.itemsize > 4:  # 64 bits: nothing may wrap into the cache
-        slots = jnp.where((slots >= 0) & (slots < p.pages * p.page_size), slots, -1)
     # References make what comes in and what goes out one and the same memory.
     memory = jax.new_ref(cache.pages.reshape(p.pages, -1))
     plgpu.kernel(
@@ -59,7 +58,7 @@ def run(p: Problem, *arrays):
             plgpu.Barrier(),
         ],
         interpret=INTERPRET,
-    )(k, slots.astype(jnp.int32), memory)
+    )(k, slots32(slots, p.pages * p.page_size), memory)
     return (jax.freeze(memory).reshape(p.shape),)
 
 

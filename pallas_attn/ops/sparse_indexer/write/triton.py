@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from pallas_attn.core.narrow import slots32
 from pallas_attn.ops.sparse_indexer.triton import page_constants, rows_of
 from pallas_attn.ops.sparse_indexer.write.problem import Args, Problem
 from pallas_attn.runtime.triton import Shape, rule, triton_op
@@ -15,9 +16,6 @@ def supports(p: Problem) -> str | None:
 def run(p: Problem, *arrays):
     """The written pages."""
     args = Args(*arrays)
-    slots = args.slots
-    if slots.dtype.itemsize > 4:  # 64 bits: nothing may wrap into the cache
-        slots = jnp.where((slots >= 0) & (slots < p.pages * p.page_size), slots, -1)
     own = page_constants(args.cache)
     total = p.tokens * own["G"]
     rows = rows_of(total)
@@ -25,4 +23,4 @@ def run(p: Problem, *arrays):
         "pallas_attn.ops.sparse_indexer.triton_rows:write", out=Shape(p.shape, jnp.uint8), grid=-(-total // rows),
         constants=own | rule(p.format) | {"T": p.tokens, "N": p.pages, "ROWS": rows}, aliases={2: 0}, num_warps=1,
     )  # fmt: skip
-    return (op(args.k, slots.astype(jnp.int32), args.cache.pages),)
+    return (op(args.k, slots32(args.slots, p.pages * p.page_size), args.cache.pages),)
