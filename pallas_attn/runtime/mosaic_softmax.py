@@ -26,12 +26,16 @@ GROWTH = 8.0
 TILE, ROW = Layout.WGMMA, OVER_ROWS
 
 
-def lifted(s: jax.Array, factor: jax.Array | None, top: jax.Array, interpret: bool) -> jax.Array:
-    """What the exponents of rows are counted from, to base 2: `top`, or in a warp that has a logit (s * factor, of
-    factors that are not negative) more than GROWTH above it the larger of it and the rows' largest."""
-    if interpret:
+def lifted(s: jax.Array, factor: jax.Array | None, top: jax.Array, plain: bool) -> jax.Array:
+    """What the exponents of rows are counted from, to base 2: `top`, or where a logit (s * factor, of factors that are
+    not negative) is more than GROWTH above it the rows' largest.
+
+    plain: in words of Pallas, which every kernel and the interpreter has registers for, and for all rows.
+    """
+    if plain:
         peak = jnp.max(s, axis=1)
-        return jnp.maximum(top, peak if factor is None else peak * factor)
+        peak = peak if factor is None else peak * factor
+        return jnp.where(peak > top + GROWTH, peak, top)
 
     def lift(_, s, top, *factor):
         own = [functools.reduce(_larger, _fewer(_larger, row)) for row in _rows(s)]
@@ -53,9 +57,9 @@ def lifted(s: jax.Array, factor: jax.Array | None, top: jax.Array, interpret: bo
     return _inline(lift, (TILE, ROW, *[ROW] * (factor is not None)), top, ROW)(s, top, *[factor] * (factor is not None))
 
 
-def added(total: jax.Array, x: jax.Array, interpret: bool) -> jax.Array:
+def added(total: jax.Array, x: jax.Array, plain: bool) -> jax.Array:
     """total + the sum of each row of x: of what a lane holds, until `summed`."""
-    if interpret:
+    if plain:
         return total + jnp.sum(x, axis=1)
 
     def add(_, total, x):
@@ -65,9 +69,9 @@ def added(total: jax.Array, x: jax.Array, interpret: bool) -> jax.Array:
     return _inline(add, (ROW, TILE), total, ROW)(total, x)
 
 
-def summed(total: jax.Array, interpret: bool) -> jax.Array:
+def summed(total: jax.Array, plain: bool) -> jax.Array:
     """The sums over all lanes of a row."""
-    if interpret:
+    if plain:
         return total
 
     def add(_, total):
@@ -79,9 +83,9 @@ def summed(total: jax.Array, interpret: bool) -> jax.Array:
     return _inline(add, (ROW,), total, ROW)(total)
 
 
-def rescaled(x: jax.Array, keep: jax.Array, interpret: bool) -> jax.Array:
+def rescaled(x: jax.Array, keep: jax.Array, plain: bool) -> jax.Array:
     """x times what is kept of each row; nothing is done in a warp that keeps all."""
-    if interpret:
+    if plain:
         return x * lax.broadcast_in_dim(keep, x.shape, [0])
 
     def rescale(_, x, keep):

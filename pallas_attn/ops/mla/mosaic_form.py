@@ -200,11 +200,15 @@ def find(x: Inputs, form: Form, first, last):
 def segment(p: Problem, form: Form, x: Inputs, b, worker, column, start, end) -> Segment:
     """What a worker that has the tiles `start` to `end` of the list reads of sequence b."""
     seq, begin, following = Sequence.read(p, form, x, b), begins(x, form, b), begins(x, form, b + 1)
-    tiles = seq.tiles(following - begin)
     tile0 = jnp.maximum(start - begin, 0)
-    last = jnp.minimum(end - begin, tiles)
     rows = jnp.clip(seq.q_len * form.heads - column * ROWS, 0, ROWS)
-    count = jnp.where(rows > 0, jnp.maximum(last - tile0, 0), 0)
+    if p.topk:  # counted exactly; said otherwise, the same is too much for the registers of `mosaic_sparse_rows`
+        tiles, rows = following - begin, jnp.where(seq.kv_len > 0, rows, 0)
+        last = jnp.minimum(end, following) - begin
+    else:
+        tiles = seq.tiles(following - begin)
+        last = jnp.maximum(jnp.minimum(end - begin, tiles), tile0)
+    count = jnp.where(rows > 0, last - tile0, 0)
     whole = (tile0 == 0) & (last == tiles)
     pages = b if x.owners is None else x.owners[b]
     return Segment(b, seq, pages, worker, tile0, count, whole, seq.start * form.heads + column * ROWS, rows)

@@ -147,6 +147,11 @@ class Worker(mosaic_worker.Worker):
 
     # The warpgroup of the queries
 
+    @property
+    def plain(self) -> bool:
+        """It has no registers to spare."""
+        return True
+
     def prime_scores(self, s: Segment) -> None:
         """Nothing: the others gather whole rows."""
 

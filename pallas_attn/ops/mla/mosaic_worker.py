@@ -94,6 +94,11 @@ class Worker:
     left: Any
     memory: Any  # a union with the stages of results: partial ones and final ones come last
 
+    @property
+    def plain(self) -> bool:
+        """Whether the queries' warpgroup does without branches of its warps."""
+        return self.interpret is not None
+
     def run(self) -> None:
         """All sequences that the worker has tiles of."""
         form, x = self.form, self.x
@@ -185,7 +190,7 @@ class Worker:
             top, total = loop(0, s.count, state, masked=True)
         else:
             top, total = loop(plain, s.count, loop(0, plain, state, masked=False), masked=True)
-        total = summed(total, self.interpret is not None)
+        total = summed(total, self.plain)
         some = jnp.where(total > 0, total, 1.0)
         self.row_tile[0] = jnp.where(total > 0, 1.0 / some, 0.0)
         self.row_tile[1] = jnp.where(total > 0, top + jnp.log2(some), FAR)
@@ -203,7 +208,7 @@ class Worker:
         top, total = state
         peak, keep, weight = self.weights(s, t, self.logits(s, query, t), top, masked)
         self.leave_weights(s, t, weight)
-        total = added(total * keep, weight, self.interpret is not None)
+        total = added(total * keep, weight, self.plain)
         self.after_weights(s, t)
         return peak, total
 
@@ -211,7 +216,7 @@ class Worker:
         """(maximum of the rows, what is left of earlier weights, weights of tile t), of its logits."""
         slot = lax.rem(t, jnp.int32(2))
         x = self.masked(s, t, x) if masked else x
-        peak = lifted(x, None, top, self.interpret is not None)
+        peak = lifted(x, None, top, self.plain)
         keep = jnp.exp2(top - peak)
         self.alpha[slot] = keep
         plgpu.barrier_arrive(self.alpha_ready.at[slot])
