@@ -12,7 +12,7 @@ from problems import relative_error
 import pallas_attn as pa
 from pallas_attn.core.latent_cache import abstract_latent_cache
 from pallas_attn.core.quantized import quantize
-from pallas_attn.ops.mla import mosaic, mosaic_sparse
+from pallas_attn.ops.mla import mosaic
 from pallas_attn.ops.mla.mosaic_form import Inputs, Listed, form_of, owner, share
 from pallas_attn.ops.mla.problem import prepare
 
@@ -85,17 +85,14 @@ MORE_LOWERED = {
 
 
 @pytest.mark.parametrize("name", LOWERED)
-def test_lowers(name, monkeypatch):
-    monkeypatch.setattr(mosaic, "PACKED", True)
-    monkeypatch.setattr(mosaic_sparse, "LOOK_UP", name == "looking up")
+def test_lowers(name):
     cell, keywords = LOWERED[name]
     assert lowered(*cell, **keywords).count("stablehlo.custom_call @mosaic_gpu_v2") == 2  # the workers and the merge
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE_LOWERED)
-def test_more_lowers(name, monkeypatch):
-    monkeypatch.setattr(mosaic, "PACKED", True)
+def test_more_lowers(name):
     cell, keywords = MORE_LOWERED[name]
     assert lowered(*cell, **keywords).count("stablehlo.custom_call @mosaic_gpu_v2") == 2
 
@@ -107,7 +104,6 @@ REFUSED = {
     "query": ({"q_format": "E4M3_TENSOR"}, "no E4M3_TENSOR query on a BF16 cache"),
     "heads": ({"heads": 136}, "no 136 heads"),
     "nvfp4": ({"out": (pa.NVFP4, 0.1)}, "no NVFP4 output"),
-    "packed": ({"out": pa.e4m3_group(128, ue8m0=True, order="tma", packed=True)}, "PACKED output"),
     "up-projection": ({"w_uv": S((128, 512, 96), jnp.bfloat16)}, "no up-projection to 96"),
     "wide weights": (
         {"w_uv": S((128, 512, 128), jnp.float32)},
@@ -273,7 +269,6 @@ def test_interpreted_fp8(rng, monkeypatch):
 def test_interpreted_packed(rng, monkeypatch):
     """Scales of whole sequences, of parts and of padding, as exponents."""
     monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
-    monkeypatch.setattr(mosaic, "PACKED", True)
     check_groups(rng, runner(2), PACKED[0], "BF16", 8, 1, 64, None, q_lens=(1, 1), kv_lens=(70, 64))
 
 
@@ -298,7 +293,6 @@ LOOKS = [
 def test_interpreted_looking_up(format, by_slot, cut, rng, monkeypatch):
     """Kernels that find a token's sequence, and its keys' slots, themselves."""
     monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams())
-    monkeypatch.setattr(mosaic_sparse, "LOOK_UP", True)
     check_listed(rng, runner(3), format, 8, 70, by_slot, cut=cut)
 
 
@@ -345,7 +339,6 @@ def test_groups_on_a_gpu(format, out, workers, rng):
 @pytest.mark.parametrize("out", PACKED, ids=str)
 @pytest.mark.parametrize("format", ["BF16", "E4M3_TENSOR"])
 def test_packed_on_a_gpu(format, out, rng, monkeypatch):
-    monkeypatch.setattr(mosaic, "PACKED", True)
     check_groups(rng, runner(None), out, format, 128, 1, 64)
     check_groups(rng, runner(1), out, format, 24, 3, 16)
 
@@ -388,8 +381,7 @@ def test_listed_on_a_gpu(cell, workers, rng):
 @pytest.mark.gpu
 @pytest.mark.parametrize("cut", [True, False])
 @pytest.mark.parametrize("cell", KEYS, ids=lambda c: "-".join(map(str, c[:4])))
-def test_looking_up_on_a_gpu(cell, cut, rng, monkeypatch):
-    monkeypatch.setattr(mosaic_sparse, "LOOK_UP", True)
+def test_looking_up_on_a_gpu(cell, cut, rng):
     check_listed(rng, runner(None), *cell, cut=cut)
     check_listed(rng, runner(7), *cell, **MANY, cut=cut)
     check_listed(rng, runner(1), *cell, q_lens=(3, 0, 2), kv_lens=(700, 5, 90), cut=cut)
@@ -397,9 +389,8 @@ def test_looking_up_on_a_gpu(cell, cut, rng, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("by_slot", [True, False])
-def test_nothing_but_kernels_on_a_gpu(by_slot, monkeypatch):
+def test_nothing_but_kernels_on_a_gpu(by_slot):
     """A listed decode step is its two launches."""
-    monkeypatch.setattr(mosaic_sparse, "LOOK_UP", True)
     arguments, options = abstract("FP8_DS_MLA", 128, 1, 64)
     topk = pa.TopK(S((8, 2048), jnp.int32), slots=by_slot)
     step = jax.jit(lambda topk, *arguments: runner(None)(*arguments, topk=topk, **options))

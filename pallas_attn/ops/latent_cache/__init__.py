@@ -14,11 +14,6 @@ from pallas_attn.runtime.dispatch import Backend, Op, register
 from pallas_attn.runtime.op import apply
 
 _HERE = "pallas_attn.ops.latent_cache"
-TRIED_ON_HOPPER = False  # kernels that no GPU has run are not registered
-
-
-def _mosaic(module: str) -> tuple[Backend, ...]:
-    return (Backend("mosaic", f"{_HERE}.{module}", ("cuda",), (Arch.HOPPER,)),) if TRIED_ON_HOPPER else ()
 
 
 WRITE = register(
@@ -27,7 +22,7 @@ WRITE = register(
         write_problem.prepare,
         write_problem.outputs,
         (
-            *_mosaic("mosaic_write"),
+            Backend("mosaic", f"{_HERE}.mosaic_write", ("cuda",), (Arch.HOPPER,)),
             Backend("xla", f"{_HERE}.write_xla", cost="a scatter and launches for the scales"),
             Backend("reference", f"{_HERE}.write_reference", cost="time slots x tokens"),
         ),
@@ -43,7 +38,7 @@ GATHER = register(
         gather_problem.prepare,
         gather_problem.outputs,
         (
-            *_mosaic("mosaic_gather"),
+            Backend("mosaic", f"{_HERE}.mosaic_gather", ("cuda",), (Arch.HOPPER,)),
             Backend("xla", f"{_HERE}.gather_xla", cost="a gather and launches for the offsets"),
             Backend("reference", f"{_HERE}.gather_reference", cost="a copy of the whole cache"),
         ),

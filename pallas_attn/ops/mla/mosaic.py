@@ -18,14 +18,13 @@ from pallas_attn.ops.mla import (
     mosaic_sparse_rows,
     mosaic_up,
 )
-from pallas_attn.ops.mla.mosaic_finish import as_results, grouped, packed, result_arrays
+from pallas_attn.ops.mla.mosaic_finish import as_results, grouped, result_arrays
 from pallas_attn.ops.mla.mosaic_form import LATENT, MOST_SEQS, ROPE, Form, Inputs, form_of, in_pieces
 from pallas_attn.ops.mla.mosaic_merge import merge
 from pallas_attn.ops.mla.problem import Args, Problem
 from pallas_attn.runtime.mosaic import ROWS
 
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernels on a CPU
-PACKED = False  # whether latents leave with packed scales: once a GPU has run it
 STORED = (jnp.bfloat16, jnp.float16, E4M3)
 
 
@@ -44,7 +43,7 @@ def supports(p: Problem) -> str | None:
         f"no page size {p.page_size}": not rows and p.page_size not in (16, 32, 64, 128, 256),
         f"no {p.heads} heads": p.heads > 128,
         f"no {p.out_dtype} output": p.out_dtype.itemsize > 4,
-        f"no {out} output": out is not None and (out.two_level or (packed(p) and p.v_dim is None and not PACKED)),
+        f"no {out} output": out is not None and out.two_level,
         f"no more than {MOST_SEQS} sequences": not p.topk and p.seqs > MOST_SEQS,
         f"no more than {MOST_SEQS} tokens with a list of keys": bool(p.topk) and p.tokens > MOST_SEQS,
     } | mosaic_up.refuses(p)
@@ -93,8 +92,7 @@ def _kind(p: Problem) -> Any:
 
 def _listed(p: Problem, args: Args) -> dict[str, Any]:
     """The cache's rows, and which of them each token has."""
-    keys = mosaic_sparse.asked if mosaic_sparse.LOOK_UP else mosaic_sparse.keys
-    return keys(p, args, _kind(p).rows(p, args.cache.pages, INTERPRET))
+    return mosaic_sparse.keys(p, args, _kind(p).rows(p, args.cache.pages, INTERPRET))
 
 
 def _pages(p: Problem, form: Form, args: Args) -> dict[str, Any]:

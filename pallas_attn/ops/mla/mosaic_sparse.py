@@ -25,43 +25,15 @@ from pallas_attn.ops.mla.mosaic_form import HALF, ROPE, Form, Listed, Segment
 from pallas_attn.ops.mla.mosaic_gather import SEEN, UNSEEN, WORDS, begin, gather, look_up, put, read_slots, wait
 from pallas_attn.ops.mla.mosaic_worker import PART, add_product, stages, state
 from pallas_attn.ops.mla.problem import Args, Problem
-from pallas_attn.ops.mla.terms import seen, tokens
 from pallas_attn.runtime.mosaic import ACC, OVER_COLUMNS, ROWS, Layout, swizzled
 
 LISTS = 4  # tiles' slots in flight
-LOOK_UP = False  # the kernels go from positions to slots themselves, and nothing is launched before them
 
 
 def keys(p: Problem, args: Args, rows: tuple) -> dict[str, Any]:
-    """What of the inputs tells of keys: the cache's rows, as given, and the slots of each token's keys, -1 for none, in
-    tiles. Where all tokens have as many, nothing is to be computed of the tiles before each."""
-    assert p.topk is not None
-    assert args.topk is not None
-    who = tokens(p, args)
-    if p.topk_slots:
-        end = p.pages * p.page_size  # nothing of more than 32 bits may wrap into the cache
-        slots = args.topk.indices
-        slots = slots if slots.dtype == jnp.int32 else jnp.where((slots >= 0) & (slots < end), slots, -1)
-    else:
-        found, valid = seen(p, args, who, jnp.arange(p.topk))
-        slots = jnp.where(valid, found, -1)
-    tiles = -(-p.topk // TILE)
-    slots = jnp.pad(slots.astype(jnp.int32), ((0, 0), (0, tiles * TILE - p.topk)), constant_values=-1)
-    before = jnp.asarray(np.arange(p.tokens + 1) * tiles, jnp.int32)
-    if p.topk_lengths:
-        before = jnp.pad(jnp.cumsum(-(-who.keys // TILE)).astype(jnp.int32), (1, 0))
-    spare = padded(p.tokens) - p.tokens - 1
-    return {
-        "pages": rows, "page_table": slots.reshape(p.tokens, tiles, TILE), "owners": None,
-        "kv_lens": who.keys, "cu_q_lens": jnp.asarray(np.arange(p.tokens + 1), jnp.int32),
-        "live": jnp.full(1, p.tokens, jnp.int32),
-        "before": jnp.pad(before, (0, spare), constant_values=np.iinfo(np.int32).max),
-    }  # fmt: skip
-
-
-def asked(p: Problem, args: Args, rows: tuple) -> dict[str, Any]:
-    """The same for kernels that ask the batch themselves whose token a row is and where its keys lie. XLA has to add up
-    lengths, where there are any, and to fill up lists that are not whole tiles."""
+    """What of the inputs tells of keys: the cache's rows, as given, and the lists of tokens, in tiles. The kernels ask
+    the batch themselves whose token a row is and where its keys lie. XLA has to add up lengths, where there are any,
+    and to fill up lists that are not whole tiles."""
     assert p.topk is not None
     assert args.topk is not None
     batch, lengths, before = args.batch, args.topk.lengths, None
