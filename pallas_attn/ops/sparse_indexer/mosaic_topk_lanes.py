@@ -46,6 +46,7 @@ class Form(NamedTuple):
     segments: int  # of so many columns that a CTA takes, one after the other
     staged: bool  # rows come by TMA, the next one's while one is searched
     clusters: int
+    streamed: bool = False  # rows pass by, and their parts' lists are what the registers have
 
     @property
     def part(self) -> int:

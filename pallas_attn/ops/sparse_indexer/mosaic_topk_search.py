@@ -31,6 +31,15 @@ class State(NamedTuple):
     high_weight: Any
 
 
+class Found(NamedTuple):
+    """What the search ends with: all numbers above the threshold are chosen, and the first of its equals."""
+
+    threshold: Any
+    equals: Any  # how many of them, at most
+    exact: Any  # whether k numbers reach the threshold
+    turn: Any
+
+
 def key(x):
     """The order key of a float: an int32 that rises with it."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
@@ -70,15 +79,22 @@ class Row:
 
     def select(self, turn):
         """Find and place; returns the next turn."""
-        found = lax.while_loop(self.open, self.step, self.start(turn))
-        few, exact = self.length <= self.form.k, found.above == self.k
-        threshold = value(found.low)
-        need = (self.k - found.beyond).astype(jnp.int32)
+        found = self.find(turn)
+        few = self.length <= self.form.k
         pl.when(few)(lambda: self.lanes.place_all(self.length))
         many = jnp.logical_not(few)
-        pl.when(many & exact)(lambda: self.lanes.place(threshold, found.turn))
-        pl.when(many & jnp.logical_not(exact))(lambda: self.lanes.place_with_ties(threshold, need, found.turn))
+        pl.when(many & found.exact)(lambda: self.lanes.place(found.threshold, found.turn))
+        pl.when(many & jnp.logical_not(found.exact))(
+            lambda: self.lanes.place_with_ties(found.threshold, found.equals, found.turn)
+        )
         return jnp.where(few, found.turn, 1 - found.turn)
+
+    def find(self, turn) -> Found:
+        """What is among the k largest."""
+        found = State(*lax.while_loop(self.open, self.step, self.start(turn)))
+        exact = found.above == self.k
+        equals = jnp.where(exact, self.k, self.k - found.beyond).astype(jnp.int32)
+        return Found(value(found.low), equals, exact, found.turn)
 
     def start(self, turn) -> State:
         """Nothing is known but that the whole row reaches -inf."""

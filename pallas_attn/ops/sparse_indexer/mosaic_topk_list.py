@@ -1,0 +1,334 @@
+"""What the streaming form of the Hopper selection does with pieces of a row and with its list: in registers, and in
+words that Pallas has no name for (see `mosaic_topk_stream`).
+
+A piece is a tile whose registers stand for vectors: of 128 neighbours, a lane holds four, and a warp's vectors follow
+each other. So does what is read back of the list. How many of a warp's chosen stand before a lane's own is found for
+four vectors at a time: their counts, of at most 128, are the bytes of one word, which five shuffles add up.
+"""
+# pyright: reportCallIssue=false
+# the first parameter of an inline function is the compiler's own
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import arith
+
+from pallas_attn.ops.sparse_indexer.mosaic_topk_lanes import (
+    ALL,
+    F32,
+    NAN,
+    NUMBER,
+    REF,
+    SPLAT,
+    THREADS,
+    UNIT,
+    Form,
+    Lanes,
+    _f32,
+    _float,
+    _greater,
+    _i32,
+    _inside,
+    _int,
+    _lane,
+    _mosaic,
+    _number,
+    _of,
+    _registers,
+    _tile,
+    tile_layout,
+)
+
+LIST_UNITS = 4  # of UNIT numbers that the list holds
+CAPACITY = LIST_UNITS * UNIT
+PIECE_UNITS = 2
+PIECE = PIECE_UNITS * UNIT  # columns that a CTA takes at a time; the list holds them beside the largest k
+VECTOR = 128  # columns of four registers of a warp
+
+
+class Survey(NamedTuple):
+    """Where the numbers of a piece go that reach a bound: int32s."""
+
+    lanes: Any  # bytes: how many of the warp's of each vector stand before the lane's own
+    sums: Any  # bytes: of the whole warp
+    before: Any  # of all warps before this one
+    total: Any  # of the CTA
+
+
+def _packed(vectors: Sequence[Sequence]):
+    """How many of a lane's conditions of up to four vectors hold: a byte for each vector."""
+    word = _int(0)
+    for i, vector in enumerate(vectors):
+        for holds in vector:
+            word = arith.addi(word, arith.select(holds, _int(1 << 8 * i), _int(0)))
+    return word
+
+
+def _prefix(word):
+    """(the sum of the lanes' words before this one, that of the whole warp)."""
+    total = word
+    for distance in (1, 2, 4, 8, 16):
+        total = utils.inline_ptx(
+            f"{{ .reg .pred p; .reg .b32 t; shfl.sync.up.b32 t|p, $1, {distance}, 0, {ALL};"
+            " selp.b32 t, t, 0, p; add.u32 $0, $1, t; }",
+            total, result_types=_i32(), has_side_effects=True, convergent=True,
+        )  # fmt: skip
+    last = utils.inline_ptx(
+        f"shfl.sync.idx.b32 $0, $1, 31, 31, {ALL};", total,
+        result_types=_i32(), has_side_effects=True, convergent=True,
+    )  # fmt: skip
+    return arith.subi(total, word), last
+
+
+def _byte(word, i: int):
+    return arith.andi(arith.shrui(word, _int(8 * i)), _int(0xFF))
+
+
+def _bytes(word):
+    """The sum of a word's bytes."""
+    pairs = arith.addi(arith.andi(word, _int(0xFF00FF)), arith.andi(arith.shrui(word, _int(8)), _int(0xFF00FF)))
+    return arith.addi(arith.andi(pairs, _int(0xFFFF)), arith.shrui(pairs, _int(16)))
+
+
+def _vectors(x: Sequence) -> list:
+    return [x[i : i + 4] for i in range(0, len(x), 4)]
+
+
+def _starts(vectors: Sequence[Sequence]) -> tuple[list, Any]:
+    """(how many conditions of the warp hold before each of the lane's vectors, how many in all)."""
+    starts, sum_ = [], _int(0)
+    for i in range(0, len(vectors), 4):
+        some = vectors[i : i + 4]
+        own, sums = _prefix(_packed(some))
+        for j in range(len(some)):
+            starts.append(arith.addi(sum_, _byte(own, j)))
+            sum_ = arith.addi(sum_, _byte(sums, j))
+    return starts, sum_
+
+
+def _at(pointer, index):
+    return utils.getelementptr(pointer, [index], _i32())
+
+
+def _own(base, registers: int):
+    """The column, or place of the list, of a thread's first register of so many."""
+    share = arith.muli(utils.warp_idx(), _int(registers * 32))
+    return arith.addi(arith.addi(base, share), arith.muli(_lane(), _int(4)))
+
+
+def _blank(units: int) -> FragmentedArray:
+    layout = _mosaic(tile_layout(units))
+    return FragmentedArray.splat(_float(0.0), (4 * units, 256), layout=layout, is_signed=None)
+
+
+def _tile_of(units: int):
+    return plgpu.ShapeDtypeStruct((4 * units, 256), F32, layout=tile_layout(units))
+
+
+@dataclasses.dataclass
+class Listed:
+    """One CTA's part of a row and its list, and the operations on them; `turn` is as of `Lanes`."""
+
+    form: Form
+    x: Any  # [rows, columns]
+    out: Any
+    values: Any  # the list: float32 [CAPACITY], -inf for NaN
+    columns: Any  # int32 [CAPACITY], ascending
+    words: Any  # of the cluster's exchanges
+    own: Any  # of the CTA's
+
+    def __post_init__(self) -> None:
+        self.alone = Lanes(self.form._replace(ctas=1), self.x, self.out, None, self.own, None)
+        self.together = Lanes(self.form, self.x, self.out, None, self.words, None)
+
+    def take(self, row, first, end) -> None:
+        """Go on to a row, of whose columns first to end each CTA takes a share that begins at a multiple of four."""
+        self.together.row, self.first = row, first
+        origin = (first >> 2) << 2
+        share = lax.div(end - origin + 4 * self.form.ctas - 1, jnp.int32(4 * self.form.ctas)) * 4
+        self.begin = origin + self.together.rank * share
+        self.end = jnp.minimum(self.begin + share, end)
+        self.pieces = lax.div(jnp.maximum(self.end - self.begin, 0) + PIECE - 1, jnp.int32(PIECE))
+
+    def load(self, piece):
+        """A piece from global memory; nothing from the share's end on is read."""
+        wide = self.form.columns % 4 == 0
+
+        @plgpu.inline_mgpu(arg_types=(SPLAT, SPLAT, REF), return_type=_tile_of(PIECE_UNITS))
+        def load(_, base, end, row):
+            at, pointer, got = _own(_of(base), 8 * PIECE_UNITS), utils.memref_ptr(row), []
+            for i in range(2 * PIECE_UNITS):
+                column = arith.addi(at, _int(VECTOR * i))
+                got += _four(pointer, column, _of(end)) if wide else _singles(pointer, column, _of(end))
+            return _tile(_blank(PIECE_UNITS), got)
+
+        return load(self.begin + piece * PIECE, self.end, self.x.at[self.together.row])
+
+    def clean(self, x, piece):
+        """A piece with -inf for NaN, and NaN outside of the range."""
+        base = self.begin + piece * PIECE
+        layout = tile_layout(PIECE_UNITS)
+
+        @plgpu.inline_mgpu(arg_types=(layout,), return_type=_tile_of(PIECE_UNITS))
+        def clean(_, x):
+            raised = "max.f32 $0, $1, 0fFF800000;"
+            return _tile(x, [utils.inline_ptx(raised, r, result_types=_f32()) for r in _registers(x)])
+
+        @plgpu.inline_mgpu(arg_types=(layout, *(SPLAT,) * 3), return_type=_tile_of(PIECE_UNITS))
+        def masked(_, x, base, first, end):
+            at, kept = _own(_of(base), 8 * PIECE_UNITS), []
+            for i, r in enumerate(_registers(x)):
+                column = arith.addi(at, _int(VECTOR * (i // 4) + i % 4))
+                kept.append(arith.select(_inside(column, _of(first), _of(end)), r, _float(float("nan"))))
+            return _tile(x, kept)
+
+        x = clean(x)
+        full = (self.first <= base) & (base + PIECE <= self.end)
+        return lax.cond(full, lambda: x, lambda: masked(x, base, self.first, self.end))
+
+    def survey(self, x, least, turn) -> Survey:
+        """Where the numbers of a piece go that are at least `least`."""
+
+        @plgpu.inline_mgpu(arg_types=(tile_layout(PIECE_UNITS), SPLAT, SPLAT, REF), return_type=(NUMBER,) * 4)
+        def survey(_, x, least, turn, words):
+            own, sums = _prefix(_packed(_vectors([_reaches(r, _of(least)) for r in _registers(x)])))
+            (counts,) = self.alone.exchange([_bytes(sums)], _of(turn), words)
+            return tuple(map(_number, (own, sums, self.alone.before(counts), self.alone.total(counts))))
+
+        return Survey(*survey(x, least, turn, self.own))
+
+    def append(self, x, least, found: Survey, listed, piece) -> None:
+        """Those numbers to the end of the list, which has so many, and their columns."""
+
+        @plgpu.inline_mgpu(arg_types=(tile_layout(PIECE_UNITS), *(SPLAT,) * 5, REF, REF), return_type=NUMBER)
+        def append(_, x, least, lanes, sums, to, base, values, columns):
+            at, to, pointers = _own(_of(base), 8 * PIECE_UNITS), _of(to), map(utils.memref_ptr, (values, columns))
+            values, columns = pointers
+            for i, vector in enumerate(_vectors(_registers(x))):
+                place = arith.addi(to, _byte(_of(lanes), i))
+                for j, r in enumerate(vector):
+                    kept = _reaches(r, _of(least))
+                    column = arith.addi(at, _int(VECTOR * i + j))
+                    utils.inline_ptx("st.shared.f32 [$0], $1;", _at(values, place), r, predicate=kept)
+                    utils.inline_ptx("st.shared.b32 [$0], $1;", _at(columns, place), column, predicate=kept)
+                    place = arith.addi(place, arith.extui(_i32(), kept))
+                to = arith.addi(to, _byte(_of(sums), i))
+            return _number(to)
+
+        to = listed + found.before
+        append(x, least, found.lanes, found.sums, to, self.begin + piece * PIECE, self.values, self.columns)
+
+    def hold(self, listed) -> None:
+        """The list, of so many numbers, in registers, NaN behind it."""
+
+        @plgpu.inline_mgpu(arg_types=(SPLAT, REF), return_type=_tile_of(LIST_UNITS))
+        def hold(_, listed, values):
+            at, pointer, got = _own(_int(0), 8 * LIST_UNITS), utils.memref_ptr(values), []
+            for i in range(2 * LIST_UNITS):
+                place = arith.addi(at, _int(VECTOR * i))
+                for j, r in enumerate(_shared(pointer, place, _f32())):
+                    real = arith.cmpi(arith.CmpIPredicate.slt, arith.addi(place, _int(j)), _of(listed))
+                    got.append(arith.select(real, r, _float(float("nan"))))
+            return _tile(_blank(LIST_UNITS), got)
+
+        self.alone.resident = self.together.resident = hold(listed, self.values)
+
+    def wait(self) -> None:
+        """Until all threads of the CTA are here, and what they have written is."""
+
+        @plgpu.inline_mgpu(arg_types=(SPLAT,), return_type=NUMBER)
+        def wait(_, turn):
+            utils.inline_ptx(f"bar.sync 15, {THREADS};", has_side_effects=True, convergent=True)
+            return turn
+
+        wait(self.first)
+
+    def keep(self, least, need, turn) -> None:
+        """Of the list, which is held, what is above `least`, and the first `need` of its equals: k, in their order."""
+
+        def put(place, r, column, kept, values, columns):
+            utils.inline_ptx("st.shared.f32 [$0], $1;", _at(values, place), r, predicate=kept)
+            utils.inline_ptx("st.shared.b32 [$0], $1;", _at(columns, place), column, predicate=kept)
+
+        self._leave(self.alone, put, least, need, turn, self.own, (self.values, self.columns))
+
+    def leave(self, least, need, turn) -> None:
+        """The columns of the same of the cluster's lists."""
+
+        def put(place, _, column, kept, out, first):
+            column = arith.subi(column, first)
+            utils.inline_ptx("st.global.b32 [$0], $1;", _at(out, place), column, predicate=kept)
+
+        self._leave(self.together, put, least, need, turn, self.words, (self.out.at[self.together.row],), self.first)
+
+    def _leave(self, lanes: Lanes, put, least, need, turn, words, to: tuple, *numbers) -> None:
+        """put(place, number, column, whether, *to, *numbers) for all that is held."""
+        limit, kinds = self.form.k, (*(SPLAT,) * (3 + len(numbers)), *(REF,) * (2 + len(to)))
+
+        @plgpu.inline_mgpu(arg_types=(tile_layout(LIST_UNITS), *kinds), return_type=NUMBER)
+        def leave(_, x, least, need, turn, *rest):
+            least, need, turn = map(_of, (least, need, turn))
+            numbers_, (columns, words, *refs) = rest[: len(numbers)], rest[len(numbers) :]
+            vectors, at, pointer = _vectors(_registers(x)), _own(_int(0), 8 * LIST_UNITS), utils.memref_ptr(columns)
+            # All columns are read before the barrier of the exchange, from which on the list is written.
+            names = [_shared(pointer, arith.addi(at, _int(VECTOR * i)), _i32()) for i in range(len(vectors))]
+            above, some = _starts([[_greater(r, least) for r in v] for v in vectors])
+            same, equals = _starts([[_equal(r, least) for r in v] for v in vectors])
+            before = [lanes.before(w) for w in lanes.exchange([some, equals], turn, words)]
+            to = [*map(utils.memref_ptr, refs), *map(_of, numbers_)]
+            for vector, columns, q, e in zip(vectors, names, above, same, strict=True):
+                q, e = arith.addi(q, before[0]), arith.addi(e, before[1])
+                for r, column in zip(vector, columns, strict=True):
+                    greater, equal = _greater(r, least), _equal(r, least)
+                    early = arith.andi(equal, arith.cmpi(arith.CmpIPredicate.slt, e, need))
+                    place = arith.addi(q, arith.minsi(e, need))
+                    fits = arith.cmpi(arith.CmpIPredicate.slt, place, _int(limit))
+                    put(place, r, column, arith.andi(arith.ori(greater, early), fits), *to)
+                    q = arith.addi(q, arith.extui(_i32(), greater))
+                    e = arith.addi(e, arith.extui(_i32(), equal))
+            return _number(some)
+
+        leave(lanes.resident, least, need, turn, *numbers, self.columns, words, *to)
+
+
+def _reaches(x, least):
+    return arith.cmpf(arith.CmpFPredicate.OGE, x, least)
+
+
+def _equal(x, y):
+    return arith.cmpf(arith.CmpFPredicate.OEQ, x, y)
+
+
+def _four(pointer, column, end) -> tuple:
+    """Four neighbours of a row, the first of them a multiple of four: NaN if that is not before `end`."""
+    return utils.inline_ptx(
+        "{ .reg .pred p; .reg .b64 a; setp.lt.s32 p, $4, $5; mad.wide.s32 a, $4, 4, $6;"
+        f" mov.b32 $0, {NAN}; mov.b32 $1, {NAN}; mov.b32 $2, {NAN}; mov.b32 $3, {NAN};"
+        " @p ld.global.L1::no_allocate.v4.f32 {$0, $1, $2, $3}, [a]; }",
+        column, end, pointer, result_types=(_f32(),) * 4, has_side_effects=True,
+    )  # fmt: skip
+
+
+def _singles(pointer, column, end) -> list:
+    """The same of rows that begin anywhere."""
+    return [
+        utils.inline_ptx(
+            "{ .reg .pred p; .reg .b64 a; setp.lt.s32 p, $1, $2; mad.wide.s32 a, $1, 4, $3;"
+            f" mov.b32 $0, {NAN}; @p ld.global.f32 $0, [a]; }}",
+            arith.addi(column, _int(i)), end, pointer, result_types=_f32(), has_side_effects=True,
+        )
+        for i in range(4)
+    ]  # fmt: skip
+
+
+def _shared(pointer, place, kind) -> tuple:
+    """Four neighbours of the list, from a multiple of four on."""
+    return utils.inline_ptx(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", _at(pointer, place), result_types=(kind,) * 4, has_side_effects=True
+    )
