@@ -110,11 +110,15 @@ class Snippet:
         bits = int(name[2:], 16) if name.startswith("0f") else int(name, 0)
         return full(np.array(bits & 0xFFFFFFFF, np.uint32).view(kind))
 
+    def pointer(self, name):
+        name, _, offset = name.partition("+")
+        return self.names[name].plus(int(offset or 0))
+
     def set(self, name, x, alive):
         if isinstance(x, Pointer) or alive.all():
             self.names[name] = x
             return
-        old = self.names[name]
+        old = self.names.get(name, full(0x7F123456, np.int32))  # no instruction has written what lies there
         self.names[name] = np.where(alive, x, old.view(x.dtype))
 
     def run(self, ptx):
@@ -177,12 +181,12 @@ class Snippet:
 
     def _ld(self, parts, names, alive):
         width = 4 if "v4" in parts else 1
-        got = self.get(names[width]).read(width, alive)
+        got = self.pointer(names[width]).read(width, alive)
         for name, x in zip(names[:width], got, strict=True):
             self.set(name, x, alive)
 
     def _st(self, parts, names, alive):
-        self.get(names[0]).write(self.get(names[1]), alive)
+        self.pointer(names[0]).write(self.get(names[1]), alive)
 
     def _bar(self, parts, names, alive):
         pass  # a CTA runs in lockstep

@@ -98,8 +98,7 @@ def scratch_of(form: Form) -> dict[str, Any]:
     words = {"words": plgpu.SMEM((2 * 3 * form.ctas * WARPS,), jnp.int32)}
     if form.streamed:
         return words | {
-            "values": plgpu.SMEM((CAPACITY,), jnp.float32),
-            "columns": plgpu.SMEM((CAPACITY,), jnp.int32),
+            "list": plgpu.SMEM((2 * CAPACITY,), jnp.int32),
             "own": plgpu.SMEM((2 * 3 * WARPS,), jnp.int32),
         }
     tile = plgpu.SMEM((16 * form.units if form.staged else 1, 256), jnp.float32)

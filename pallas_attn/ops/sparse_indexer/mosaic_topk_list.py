@@ -22,7 +22,6 @@ from jaxlib.mlir.dialects import arith
 from pallas_attn.ops.sparse_indexer.mosaic_topk_lanes import (
     ALL,
     F32,
-    NAN,
     NUMBER,
     REF,
     SPLAT,
@@ -44,6 +43,7 @@ from pallas_attn.ops.sparse_indexer.mosaic_topk_lanes import (
     _tile,
     tile_layout,
 )
+from pallas_attn.ops.sparse_indexer.mosaic_topk_search import Found
 
 LIST_UNITS = 4  # of UNIT numbers that the list holds
 CAPACITY = LIST_UNITS * UNIT
@@ -61,12 +61,15 @@ class Survey(NamedTuple):
     total: Any  # of the CTA
 
 
-def _packed(vectors: Sequence[Sequence]):
-    """How many of a lane's conditions of up to four vectors hold: a byte for each vector."""
+def _packed(vectors: Sequence[Sequence], holds: str, least):
+    """How many of a lane's numbers of up to four vectors compare so with `least`: a byte for each vector."""
     word = _int(0)
     for i, vector in enumerate(vectors):
-        for holds in vector:
-            word = arith.addi(word, arith.select(holds, _int(1 << 8 * i), _int(0)))
+        for r in vector:
+            word = utils.inline_ptx(
+                f"{{ .reg .pred p; setp.{holds}.f32 p, $1, $2; mov.b32 $0, $3; @p add.u32 $0, $0, {1 << 8 * i}; }}",
+                r, least, word, result_types=_i32(),
+            )  # fmt: skip
     return word
 
 
@@ -100,12 +103,12 @@ def _vectors(x: Sequence) -> list:
     return [x[i : i + 4] for i in range(0, len(x), 4)]
 
 
-def _starts(vectors: Sequence[Sequence]) -> tuple[list, Any]:
-    """(how many conditions of the warp hold before each of the lane's vectors, how many in all)."""
+def _starts(vectors: Sequence[Sequence], holds: str, least) -> tuple[list, Any]:
+    """(how many of the warp's that compare so stand before each of the lane's vectors, how many there are)."""
     starts, sum_ = [], _int(0)
     for i in range(0, len(vectors), 4):
         some = vectors[i : i + 4]
-        own, sums = _prefix(_packed(some))
+        own, sums = _prefix(_packed(some, holds, least))
         for j in range(len(some)):
             starts.append(arith.addi(sum_, _byte(own, j)))
             sum_ = arith.addi(sum_, _byte(sums, j))
@@ -138,8 +141,7 @@ class Listed:
     form: Form
     x: Any  # [rows, columns]
     out: Any
-    values: Any  # the list: float32 [CAPACITY], -inf for NaN
-    columns: Any  # int32 [CAPACITY], ascending
+    list: Any  # int32 [2 CAPACITY]: the numbers' bits, -inf for NaN, and then their columns, ascending
     words: Any  # of the cluster's exchanges
     own: Any  # of the CTA's
 
@@ -157,7 +159,8 @@ class Listed:
         self.pieces = lax.div(jnp.maximum(self.end - self.begin, 0) + PIECE - 1, jnp.int32(PIECE))
 
     def load(self, piece):
-        """A piece from global memory; nothing from the share's end on is read."""
+        """A piece from global memory, of a row that is not empty; what would lie behind the share's end is anything of
+        the share."""
         wide = self.form.columns % 4 == 0
 
         @plgpu.inline_mgpu(arg_types=(SPLAT, SPLAT, REF), return_type=_tile_of(PIECE_UNITS))
@@ -197,7 +200,7 @@ class Listed:
 
         @plgpu.inline_mgpu(arg_types=(tile_layout(PIECE_UNITS), SPLAT, SPLAT, REF), return_type=(NUMBER,) * 4)
         def survey(_, x, least, turn, words):
-            own, sums = _prefix(_packed(_vectors([_reaches(r, _of(least)) for r in _registers(x)])))
+            own, sums = _prefix(_packed(_vectors(_registers(x)), "ge", _of(least)))
             (counts,) = self.alone.exchange([_bytes(sums)], _of(turn), words)
             return tuple(map(_number, (own, sums, self.alone.before(counts), self.alone.total(counts))))
 
@@ -206,38 +209,38 @@ class Listed:
     def append(self, x, least, found: Survey, listed, piece) -> None:
         """Those numbers to the end of the list, which has so many, and their columns."""
 
-        @plgpu.inline_mgpu(arg_types=(tile_layout(PIECE_UNITS), *(SPLAT,) * 5, REF, REF), return_type=NUMBER)
-        def append(_, x, least, lanes, sums, to, base, values, columns):
-            at, to, pointers = _own(_of(base), 8 * PIECE_UNITS), _of(to), map(utils.memref_ptr, (values, columns))
-            values, columns = pointers
+        @plgpu.inline_mgpu(arg_types=(tile_layout(PIECE_UNITS), *(SPLAT,) * 5, REF), return_type=NUMBER)
+        def append(_, x, least, lanes, sums, to, base, list_):
+            at, to, pointer = _own(_of(base), 8 * PIECE_UNITS), _of(to), utils.memref_ptr(list_)
             for i, vector in enumerate(_vectors(_registers(x))):
                 place = arith.addi(to, _byte(_of(lanes), i))
                 for j, r in enumerate(vector):
-                    kept = _reaches(r, _of(least))
-                    column = arith.addi(at, _int(VECTOR * i + j))
-                    utils.inline_ptx("st.shared.f32 [$0], $1;", _at(values, place), r, predicate=kept)
-                    utils.inline_ptx("st.shared.b32 [$0], $1;", _at(columns, place), column, predicate=kept)
-                    place = arith.addi(place, arith.extui(_i32(), kept))
+                    place = utils.inline_ptx(
+                        "{ .reg .pred p; setp.ge.f32 p, $1, $2; mov.b32 $0, $3; @p st.shared.b32 [$4], $1;"
+                        f" @p st.shared.b32 [$4+{4 * CAPACITY}], $5; @p add.u32 $0, $0, 1; }}",
+                        r, _of(least), place, _at(pointer, place), arith.addi(at, _int(VECTOR * i + j)),
+                        result_types=_i32(), has_side_effects=True,
+                    )  # fmt: skip
                 to = arith.addi(to, _byte(_of(sums), i))
             return _number(to)
 
         to = listed + found.before
-        append(x, least, found.lanes, found.sums, to, self.begin + piece * PIECE, self.values, self.columns)
+        append(x, least, found.lanes, found.sums, to, self.begin + piece * PIECE, self.list)
 
     def hold(self, listed) -> None:
         """The list, of so many numbers, in registers, NaN behind it."""
 
         @plgpu.inline_mgpu(arg_types=(SPLAT, REF), return_type=_tile_of(LIST_UNITS))
-        def hold(_, listed, values):
-            at, pointer, got = _own(_int(0), 8 * LIST_UNITS), utils.memref_ptr(values), []
+        def hold(_, listed, list_):
+            at, pointer, got = _own(_int(0), 8 * LIST_UNITS), utils.memref_ptr(list_), []
             for i in range(2 * LIST_UNITS):
                 place = arith.addi(at, _int(VECTOR * i))
-                for j, r in enumerate(_shared(pointer, place, _f32())):
+                for j, r in enumerate(_shared(_at(pointer, place), _f32())):
                     real = arith.cmpi(arith.CmpIPredicate.slt, arith.addi(place, _int(j)), _of(listed))
                     got.append(arith.select(real, r, _float(float("nan"))))
             return _tile(_blank(LIST_UNITS), got)
 
-        self.alone.resident = self.together.resident = hold(listed, self.values)
+        self.alone.resident = self.together.resident = hold(listed, self.list)
 
     def wait(self) -> None:
         """Until all threads of the CTA are here, and what they have written is."""
@@ -249,56 +252,55 @@ class Listed:
 
         wait(self.first)
 
-    def keep(self, least, need, turn) -> None:
-        """Of the list, which is held, what is above `least`, and the first `need` of its equals: k, in their order."""
+    def keep(self, found: Found) -> None:
+        """Of the list, which is held, what a search of it has found, in its order."""
 
-        def put(place, r, column, kept, values, columns):
-            utils.inline_ptx("st.shared.f32 [$0], $1;", _at(values, place), r, predicate=kept)
-            utils.inline_ptx("st.shared.b32 [$0], $1;", _at(columns, place), column, predicate=kept)
+        def put(place, r, column, kept, list_):
+            utils.inline_ptx("st.shared.f32 [$0], $1;", _at(list_, place), r, predicate=kept)
+            place = arith.addi(place, _int(CAPACITY))
+            utils.inline_ptx("st.shared.b32 [$0], $1;", _at(list_, place), column, predicate=kept)
 
-        self._leave(self.alone, put, least, need, turn, self.own, (self.values, self.columns))
+        self._leave(self.alone, put, found, self.own, self.list)
 
-    def leave(self, least, need, turn) -> None:
-        """The columns of the same of the cluster's lists."""
+    def leave(self, found: Found) -> None:
+        """The columns of what a search of the cluster's lists has found."""
 
         def put(place, _, column, kept, out, first):
             column = arith.subi(column, first)
             utils.inline_ptx("st.global.b32 [$0], $1;", _at(out, place), column, predicate=kept)
 
-        self._leave(self.together, put, least, need, turn, self.words, (self.out.at[self.together.row],), self.first)
+        self._leave(self.together, put, found, self.words, self.out.at[self.together.row], self.first)
 
-    def _leave(self, lanes: Lanes, put, least, need, turn, words, to: tuple, *numbers) -> None:
-        """put(place, number, column, whether, *to, *numbers) for all that is held."""
-        limit, kinds = self.form.k, (*(SPLAT,) * (3 + len(numbers)), *(REF,) * (2 + len(to)))
+    def _leave(self, lanes: Lanes, put, found: Found, words, to, *numbers) -> None:
+        """put(place, number, column, whether, to, *numbers) for all that is held."""
+        kinds = (*(SPLAT,) * (4 + len(numbers)), *(REF,) * 3)
 
         @plgpu.inline_mgpu(arg_types=(tile_layout(LIST_UNITS), *kinds), return_type=NUMBER)
-        def leave(_, x, least, need, turn, *rest):
-            least, need, turn = map(_of, (least, need, turn))
-            numbers_, (columns, words, *refs) = rest[: len(numbers)], rest[len(numbers) :]
-            vectors, at, pointer = _vectors(_registers(x)), _own(_int(0), 8 * LIST_UNITS), utils.memref_ptr(columns)
+        def leave(_, x, least, need, most, turn, *rest):
+            least, need, most, turn, *numbers = map(_of, (least, need, most, turn, *rest[:-3]))
+            list_, words, to = rest[-3:]
+            at, vectors = _own(_int(CAPACITY), 8 * LIST_UNITS), _vectors(_registers(x))
+            places = [_at(utils.memref_ptr(list_), arith.addi(at, _int(VECTOR * i))) for i in range(len(vectors))]
             # All columns are read before the barrier of the exchange, from which on the list is written.
-            names = [_shared(pointer, arith.addi(at, _int(VECTOR * i)), _i32()) for i in range(len(vectors))]
-            above, some = _starts([[_greater(r, least) for r in v] for v in vectors])
-            same, equals = _starts([[_equal(r, least) for r in v] for v in vectors])
+            names = [_shared(place, _i32()) for place in places]
+            above, some = _starts(vectors, "gt", least)
+            same, equals = _starts(vectors, "eq", least)
             before = [lanes.before(w) for w in lanes.exchange([some, equals], turn, words)]
-            to = [*map(utils.memref_ptr, refs), *map(_of, numbers_)]
+            to = utils.memref_ptr(to)
             for vector, columns, q, e in zip(vectors, names, above, same, strict=True):
                 q, e = arith.addi(q, before[0]), arith.addi(e, before[1])
                 for r, column in zip(vector, columns, strict=True):
                     greater, equal = _greater(r, least), _equal(r, least)
                     early = arith.andi(equal, arith.cmpi(arith.CmpIPredicate.slt, e, need))
                     place = arith.addi(q, arith.minsi(e, need))
-                    fits = arith.cmpi(arith.CmpIPredicate.slt, place, _int(limit))
-                    put(place, r, column, arith.andi(arith.ori(greater, early), fits), *to)
+                    fits = arith.cmpi(arith.CmpIPredicate.slt, place, most)
+                    put(place, r, column, arith.andi(arith.ori(greater, early), fits), to, *numbers)
                     q = arith.addi(q, arith.extui(_i32(), greater))
                     e = arith.addi(e, arith.extui(_i32(), equal))
             return _number(some)
 
-        leave(lanes.resident, least, need, turn, *numbers, self.columns, words, *to)
-
-
-def _reaches(x, least):
-    return arith.cmpf(arith.CmpFPredicate.OGE, x, least)
+        asked = found.threshold, found.equals, found.chosen, found.turn
+        leave(lanes.resident, *asked, *numbers, self.list, words, to)
 
 
 def _equal(x, y):
@@ -306,12 +308,11 @@ def _equal(x, y):
 
 
 def _four(pointer, column, end) -> tuple:
-    """Four neighbours of a row, the first of them a multiple of four: NaN if that is not before `end`."""
+    """Four neighbours of a row, the first of them a multiple of four."""
     return utils.inline_ptx(
-        "{ .reg .pred p; .reg .b64 a; setp.lt.s32 p, $4, $5; mad.wide.s32 a, $4, 4, $6;"
-        f" mov.b32 $0, {NAN}; mov.b32 $1, {NAN}; mov.b32 $2, {NAN}; mov.b32 $3, {NAN};"
-        " @p ld.global.L1::no_allocate.v4.f32 {$0, $1, $2, $3}, [a]; }",
-        column, end, pointer, result_types=(_f32(),) * 4, has_side_effects=True,
+        "{ .reg .b64 a; mad.wide.s32 a, $4, 4, $5; ld.global.L1::no_allocate.v4.f32 {$0, $1, $2, $3}, [a]; }",
+        arith.minsi(column, arith.andi(arith.subi(end, _int(1)), _int(-4))), pointer,
+        result_types=(_f32(),) * 4, has_side_effects=True,
     )  # fmt: skip
 
 
@@ -319,16 +320,16 @@ def _singles(pointer, column, end) -> list:
     """The same of rows that begin anywhere."""
     return [
         utils.inline_ptx(
-            "{ .reg .pred p; .reg .b64 a; setp.lt.s32 p, $1, $2; mad.wide.s32 a, $1, 4, $3;"
-            f" mov.b32 $0, {NAN}; @p ld.global.f32 $0, [a]; }}",
-            arith.addi(column, _int(i)), end, pointer, result_types=_f32(), has_side_effects=True,
+            "{ .reg .b64 a; mad.wide.s32 a, $1, 4, $2; ld.global.f32 $0, [a]; }",
+            arith.minsi(arith.addi(column, _int(i)), arith.subi(end, _int(1))), pointer,
+            result_types=_f32(), has_side_effects=True,
         )
         for i in range(4)
     ]  # fmt: skip
 
 
-def _shared(pointer, place, kind) -> tuple:
+def _shared(pointer, kind) -> tuple:
     """Four neighbours of the list, from a multiple of four on."""
     return utils.inline_ptx(
-        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", _at(pointer, place), result_types=(kind,) * 4, has_side_effects=True
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", pointer, result_types=(kind,) * 4, has_side_effects=True
     )
