@@ -137,7 +137,7 @@ class Snippet:
         op, _, rest = line.partition(" ")
         names = [x.strip(" {}[]") for x in re.split(r"[,|]", rest)]
         parts = op.split(".")
-        getattr(self, "_" + parts[0])(parts[1:], names, alive)
+        getattr(self, f"_{parts[0]}")(parts[1:], names, alive)
 
     def _setp(self, parts, names, alive):
         kind = KINDS[parts[-1]]
@@ -187,6 +187,20 @@ class Snippet:
 
     def _st(self, parts, names, alive):
         self.pointer(names[0]).write(self.get(names[1]), alive)
+
+    def _cp(self, parts, names, alive):
+        if "commit_group" in parts:
+            HERE.copies.append([])
+            return
+        if "wait_group" in parts:
+            while len(HERE.copies) > int(names[0]) + 1:
+                for to, source, width, some in HERE.copies.pop(0):
+                    for i, x in enumerate(source.read(width, some)):
+                        to.plus(4 * i).write(x, some)
+            return
+        to, source = (self.pointer(n) for n in names[:2])
+        assert (to.offset[alive] % int(names[2]) == 0).all(), "misaligned"
+        HERE.copies[-1].append((to, source, int(names[2]) // 4, alive))
 
     def _bar(self, parts, names, alive):
         pass  # a CTA runs in lockstep
@@ -291,7 +305,7 @@ def cluster(cluster, ctas, body):
     barrier, errors = threading.Barrier(ctas), []
 
     def cta(rank):
-        HERE.rank, HERE.cluster, HERE.barrier = rank, cluster, barrier
+        HERE.rank, HERE.cluster, HERE.barrier, HERE.copies = rank, cluster, barrier, [[]]
         try:
             with np.errstate(all="ignore"):
                 body()

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.ops.sparse_indexer.mosaic_parts import int32
 from pallas_attn.ops.sparse_indexer.mosaic_topk_lanes import MOST_UNITS, UNIT, WARPGROUPS, WARPS, Form, Lanes
-from pallas_attn.ops.sparse_indexer.mosaic_topk_list import CAPACITY, LIST_UNITS, Listed
+from pallas_attn.ops.sparse_indexer.mosaic_topk_list import CAPACITY, LIST_UNITS, PIECE, RING, Listed
 from pallas_attn.ops.sparse_indexer.mosaic_topk_search import Row
 from pallas_attn.ops.sparse_indexer.mosaic_topk_stream import stream
 from pallas_attn.ops.sparse_indexer.topk.problem import Args, Problem
@@ -99,6 +99,7 @@ def scratch_of(form: Form) -> dict[str, Any]:
     if form.streamed:
         return words | {
             "list": plgpu.SMEM((2 * CAPACITY,), jnp.int32),
+            "ring": plgpu.SMEM((RING * PIECE,), jnp.float32),
             "own": plgpu.SMEM((2 * 3 * WARPS,), jnp.int32),
         }
     tile = plgpu.SMEM((16 * form.units if form.staged else 1, 256), jnp.float32)

@@ -49,6 +49,7 @@ LIST_UNITS = 4  # of UNIT numbers that the list holds
 CAPACITY = LIST_UNITS * UNIT
 PIECE_UNITS = 2
 PIECE = PIECE_UNITS * UNIT  # columns that a CTA takes at a time; the list holds them beside the largest k
+RING = 2  # pieces on their way
 VECTOR = 128  # columns of four registers of a warp
 
 
@@ -142,6 +143,7 @@ class Listed:
     x: Any  # [rows, columns]
     out: Any
     list: Any  # int32 [2 CAPACITY]: the numbers' bits, -inf for NaN, and then their columns, ascending
+    ring: Any  # float32 [RING PIECE]: where pieces arrive
     words: Any  # of the cluster's exchanges
     own: Any  # of the CTA's
 
@@ -158,32 +160,44 @@ class Listed:
         self.end = jnp.minimum(self.begin + share, end)
         self.pieces = lax.div(jnp.maximum(self.end - self.begin, 0) + PIECE - 1, jnp.int32(PIECE))
 
-    def load(self, piece):
-        """A piece from global memory, of a row that is not empty; what would lie behind the share's end is anything of
-        the share."""
+    def fetch(self, piece) -> None:
+        """Start the copy of a piece, as far as there is one, to its place in the ring; each thread copies what it will
+        read itself, and waits for no other."""
         wide = self.form.columns % 4 == 0
 
-        @plgpu.inline_mgpu(arg_types=(SPLAT, SPLAT, REF), return_type=_tile_of(PIECE_UNITS))
-        def load(_, base, end, row):
-            at, pointer, got = _own(_of(base), 8 * PIECE_UNITS), utils.memref_ptr(row), []
+        @plgpu.inline_mgpu(arg_types=(SPLAT, SPLAT, SPLAT, REF, REF), return_type=NUMBER)
+        def fetch(_, base, end, place, row, ring):
+            column, place = _own(_of(base), 8 * PIECE_UNITS), _own(_of(place), 8 * PIECE_UNITS)
+            row, ring = utils.memref_ptr(row), utils.memref_ptr(ring)
             for i in range(2 * PIECE_UNITS):
-                column = arith.addi(at, _int(VECTOR * i))
-                got += _four(pointer, column, _of(end)) if wide else _singles(pointer, column, _of(end))
+                for j in range(0, 4, 4 if wide else 1):
+                    at = arith.addi(column, _int(VECTOR * i + j))
+                    utils.inline_ptx(
+                        f"cp.async.{'cg' if wide else 'ca'}.shared.global [$0], [$1], {16 if wide else 4};",
+                        _at(ring, arith.addi(place, _int(VECTOR * i + j))), _at(row, at),
+                        predicate=arith.cmpi(arith.CmpIPredicate.slt, at, _of(end)),
+                    )  # fmt: skip
+            utils.inline_ptx("cp.async.commit_group;", has_side_effects=True)
+            return _number(_of(base))
+
+        place = lax.rem(piece, jnp.int32(RING)) * PIECE
+        fetch(self.begin + piece * PIECE, self.end, place, self.x.at[self.together.row], self.ring)
+
+    def read(self, piece):
+        """A piece, of which there are no more than those after it on their way, with -inf for NaN, and NaN outside of
+        the range."""
+        base = self.begin + piece * PIECE
+
+        @plgpu.inline_mgpu(arg_types=(SPLAT, REF), return_type=_tile_of(PIECE_UNITS))
+        def read(_, place, ring):
+            utils.inline_ptx(f"cp.async.wait_group {RING - 1};", has_side_effects=True)
+            place, pointer, got = _own(_of(place), 8 * PIECE_UNITS), utils.memref_ptr(ring), []
+            for i in range(2 * PIECE_UNITS):
+                for r in _shared(_at(pointer, arith.addi(place, _int(VECTOR * i))), _f32()):
+                    got.append(utils.inline_ptx("max.f32 $0, $1, 0fFF800000;", r, result_types=_f32()))
             return _tile(_blank(PIECE_UNITS), got)
 
-        return load(self.begin + piece * PIECE, self.end, self.x.at[self.together.row])
-
-    def clean(self, x, piece):
-        """A piece with -inf for NaN, and NaN outside of the range."""
-        base = self.begin + piece * PIECE
-        layout = tile_layout(PIECE_UNITS)
-
-        @plgpu.inline_mgpu(arg_types=(layout,), return_type=_tile_of(PIECE_UNITS))
-        def clean(_, x):
-            raised = "max.f32 $0, $1, 0fFF800000;"
-            return _tile(x, [utils.inline_ptx(raised, r, result_types=_f32()) for r in _registers(x)])
-
-        @plgpu.inline_mgpu(arg_types=(layout, *(SPLAT,) * 3), return_type=_tile_of(PIECE_UNITS))
+        @plgpu.inline_mgpu(arg_types=(tile_layout(PIECE_UNITS), *(SPLAT,) * 3), return_type=_tile_of(PIECE_UNITS))
         def masked(_, x, base, first, end):
             at, kept = _own(_of(base), 8 * PIECE_UNITS), []
             for i, r in enumerate(_registers(x)):
@@ -191,7 +205,7 @@ class Listed:
                 kept.append(arith.select(_inside(column, _of(first), _of(end)), r, _float(float("nan"))))
             return _tile(x, kept)
 
-        x = clean(x)
+        x = read(lax.rem(piece, jnp.int32(RING)) * PIECE, self.ring)
         full = (self.first <= base) & (base + PIECE <= self.end)
         return lax.cond(full, lambda: x, lambda: masked(x, base, self.first, self.end))
 
@@ -305,27 +319,6 @@ class Listed:
 
 def _equal(x, y):
     return arith.cmpf(arith.CmpFPredicate.OEQ, x, y)
-
-
-def _four(pointer, column, end) -> tuple:
-    """Four neighbours of a row, the first of them a multiple of four."""
-    return utils.inline_ptx(
-        "{ .reg .b64 a; mad.wide.s32 a, $4, 4, $5; ld.global.L1::no_allocate.v4.f32 {$0, $1, $2, $3}, [a]; }",
-        arith.minsi(column, arith.andi(arith.subi(end, _int(1)), _int(-4))), pointer,
-        result_types=(_f32(),) * 4, has_side_effects=True,
-    )  # fmt: skip
-
-
-def _singles(pointer, column, end) -> list:
-    """The same of rows that begin anywhere."""
-    return [
-        utils.inline_ptx(
-            "{ .reg .b64 a; mad.wide.s32 a, $1, 4, $2; ld.global.f32 $0, [a]; }",
-            arith.minsi(arith.addi(column, _int(i)), arith.subi(end, _int(1))), pointer,
-            result_types=_f32(), has_side_effects=True,
-        )
-        for i in range(4)
-    ]  # fmt: skip
 
 
 def _shared(pointer, kind) -> tuple:

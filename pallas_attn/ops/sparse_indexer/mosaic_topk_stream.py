@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_attn.ops.sparse_indexer.mosaic_topk_list import CAPACITY
+from pallas_attn.ops.sparse_indexer.mosaic_topk_list import CAPACITY, RING
 from pallas_attn.ops.sparse_indexer.mosaic_topk_search import Row, key, value
 
-FLYING = 3  # pieces in registers or on their way there
 SPARE = 256  # numbers more than k that a shortened list may have
 
 
@@ -43,27 +42,22 @@ def choose(lanes, length, turn, joint) -> tuple:
 def gather(lanes, turn) -> tuple:
     """Fill the list with what of the share may be among the k; returns its length and the next turn."""
 
-    def load(piece) -> tuple:
-        return tuple(lanes.load(piece + i) for i in range(FLYING))
-
     def look(carry):
-        piece, (raw, *rest), listed, least, turn = carry
-        now = lanes.clean(raw, piece)
+        piece, listed, least, turn = carry
+        now = lanes.read(piece)
         found = lanes.survey(now, least, turn)
 
         def take():
-            flying = *rest, lanes.load(piece + FLYING)
+            lanes.fetch(piece + RING)
             lanes.append(now, least, found, listed, piece)
-            return piece + 1, flying, listed + found.total, least, 1 - turn
+            return piece + 1, listed + found.total, least, 1 - turn
 
-        def again():  # registers do not hold pieces beside the list: they come from the L2 cache a second time
-            shorter = shorten(lanes, listed, 1 - turn)
-            return piece, load(piece), *shorter
+        return lax.cond(listed + found.total <= CAPACITY, take, lambda: (piece, *shorten(lanes, listed, 1 - turn)))
 
-        return lax.cond(listed + found.total <= CAPACITY, take, again)
-
-    start = jnp.int32(0), load(jnp.int32(0)), jnp.int32(0), jnp.float32(-jnp.inf), turn
-    _, _, listed, _, turn = lax.while_loop(lambda carry: carry[0] < lanes.pieces, look, start)
+    for i in range(RING):
+        lanes.fetch(jnp.int32(i))
+    start = jnp.int32(0), jnp.int32(0), jnp.float32(-jnp.inf), turn
+    _, listed, _, turn = lax.while_loop(lambda carry: carry[0] < lanes.pieces, look, start)
     return listed, turn
 
 
