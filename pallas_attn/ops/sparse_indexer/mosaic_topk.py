@@ -6,6 +6,8 @@ secant rule; from the ninth on they halve what is left of the order keys (floats
 no input takes more than 8 + 32 and a few. Now and then both ends move to the nearest numbers that there are, which ends
 the search at once where many are equal. Then each warp knows how many of the chosen stand before its columns, and 32
 neighbours at a time leave by one ballot: in ascending order, ties by the lowest column, without atomics.
+
+Many long rows are not held but streamed (`mosaic_topk_stream`): what is held and searched then is a list of each part.
 """
 
 from typing import Any
@@ -20,7 +22,7 @@ from pallas_attn.ops.sparse_indexer.mosaic_parts import int32
 from pallas_attn.ops.sparse_indexer.mosaic_topk_lanes import MOST_UNITS, UNIT, WARPGROUPS, WARPS, Form, Lanes
 from pallas_attn.ops.sparse_indexer.mosaic_topk_list import CAPACITY, LIST_UNITS, PIECE, RING, Listed
 from pallas_attn.ops.sparse_indexer.mosaic_topk_search import Row
-from pallas_attn.ops.sparse_indexer.mosaic_topk_stream import stream
+from pallas_attn.ops.sparse_indexer.mosaic_topk_stream import stream_row
 from pallas_attn.ops.sparse_indexer.topk.problem import Args, Problem
 from pallas_attn.runtime.mosaic import SMS
 
@@ -64,7 +66,7 @@ def clusters_of(p: Problem, ctas: int) -> int:
 
 
 def run(p: Problem, *arrays, ctas: int | None = None, stream: bool | None = None, early: bool = False):
-    """The columns. early: start beside the kernel before this one, and wait for it."""
+    """The columns. stream: whether rows are; early: start beside the kernel before this one, and wait for it."""
     form = form_of(p, ctas, stream)
     leaves, tree = jax.tree.flatten(inputs_of(form, Args(*arrays)))
 
@@ -111,23 +113,19 @@ def select(form: Form, x: dict, lanes) -> None:
     cluster = lax.axis_index("cluster")
     mine = lax.div(form.rows - cluster + form.clusters - 1, jnp.int32(form.clusters))
 
-    def bounded(i, body, carry):
+    def row(i, turn):
         number = cluster + i * form.clusters
         end = jnp.int32(form.columns) if x["ends"] is None else jnp.clip(x["ends"][number], 0, form.columns)
         first = jnp.int32(0) if x["starts"] is None else jnp.clip(x["starts"][number], 0, end)
-        return body(i, number, first, end, carry)
-
-    def held(i, number, first, end, turn):
+        if form.streamed:
+            return stream_row(lanes, number, first, end, turn)
         lanes.take(number, first, end)
         sample = lanes.sample(turn)  # its barrier tells that all threads have their part of the row
         pl.when(i + 1 < mine)(lambda: lanes.fetch(number + form.clusters))
         return Row(form, lanes, end - first, sample).select(1 - turn)
 
-    def streamed(_, number, first, end, turns):
-        return stream(lanes, number, first, end, turns)
-
     if form.streamed:
-        lax.fori_loop(0, mine, lambda i, turns: bounded(i, streamed, turns), (jnp.int32(0), jnp.int32(0)))
+        lax.fori_loop(0, mine, row, (jnp.int32(0), jnp.int32(0)))
         return
     lanes.fetch(cluster)
-    lax.fori_loop(0, mine, lambda i, turn: bounded(i, held, turn), jnp.int32(0))
+    lax.fori_loop(0, mine, row, jnp.int32(0))

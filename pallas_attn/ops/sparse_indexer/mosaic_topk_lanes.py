@@ -346,6 +346,7 @@ class Lanes:
                 up.append(arith.select(reaches, r, _float(float("inf"))))
                 below = arith.cmpf(arith.CmpFPredicate.ULT, r, _of(high))
                 down.append(arith.select(below, r, _float(float("-inf"))))
+            down.append(_float(float("-inf")))  # a thread may have nothing but NaN
             keys = [_key(_tree(up, arith.minnumf)), _key(_tree(down, arith.maxnumf))]
             return _number(arith.minsi(_of(least), keys[0])), _number(arith.maxsi(_of(most), keys[1]))
 

@@ -20,7 +20,7 @@ from pallas_attn.ops.sparse_indexer.mosaic_topk_search import Row, key, value
 SPARE = 256  # numbers more than k that a shortened list may have
 
 
-def stream(lanes, number, first, end, turns: tuple) -> Any:
+def stream_row(lanes, number, first, end, turns: tuple) -> Any:
     """Find and place the k largest of a row's columns first to end; returns the next turns of the CTA and cluster."""
     lanes.take(number, first, end)
     few = end - first <= lanes.form.k
