@@ -142,7 +142,8 @@ class Snippet:
     def _setp(self, parts, names, alive):
         kind = KINDS[parts[-1]]
         x = COMPARE[parts[0]](self.get(names[1], kind), self.get(names[2], kind))
-        self.set(names[0], x & self.get(names[3]) if "and" in parts else x, alive)
+        joined = {"and": operator.and_, "or": operator.or_}.get(parts[1])
+        self.set(names[0], joined(x, self.get(names[3])) if joined else x, alive)
 
     def _set(self, parts, names, alive):
         x = COMPARE[parts[0]](*(self.get(n, np.float32) for n in names[1:]))
@@ -186,7 +187,9 @@ class Snippet:
             self.set(name, x, alive)
 
     def _st(self, parts, names, alive):
-        self.pointer(names[0]).write(self.get(names[1]), alive)
+        for i, name in enumerate(names[1:]):
+            assert len(names) == 2 or (self.pointer(names[0]).offset[alive] % 16 == 0).all(), "misaligned"
+            self.pointer(names[0]).plus(4 * i).write(self.get(name), alive)
 
     def _cp(self, parts, names, alive):
         if "commit_group" in parts:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -31,7 +32,6 @@ from pallas_attn.ops.sparse_indexer.mosaic_topk_lanes import (
     Lanes,
     _f32,
     _float,
-    _greater,
     _i32,
     _inside,
     _int,
@@ -51,6 +51,9 @@ PIECE_UNITS = 2
 PIECE = PIECE_UNITS * UNIT  # columns that a CTA takes at a time; the list holds them beside the largest k
 RING = 2  # pieces on their way
 VECTOR = 128  # columns of four registers of a warp
+# p: whether $2 is above $3, or equals it and is among the first $6 that do, $5 of which came before; $1 is the next $5.
+TIES = """setp.eq.f32 q, $2, $3; setp.lt.and.s32 p, $5, $6, q; setp.gt.or.f32 p, $2, $3, p;
+    mov.b32 $1, $5; @q add.u32 $1, $1, 1;"""
 
 
 class Survey(NamedTuple):
@@ -241,6 +244,24 @@ class Listed:
         to = listed + found.before
         append(x, least, found.lanes, found.sums, to, self.begin + piece * PIECE, self.list)
 
+    def extend(self, x, listed, piece) -> None:
+        """All numbers of a piece to the end of the list, at a multiple of four: faster by banks that do not collide."""
+
+        @plgpu.inline_mgpu(arg_types=(tile_layout(PIECE_UNITS), SPLAT, SPLAT, REF), return_type=NUMBER)
+        def extend(_, x, listed, base, list_):
+            at, to = (_own(_of(x), 8 * PIECE_UNITS) for x in (base, listed))
+            pointer = utils.memref_ptr(list_)
+            for i, vector in enumerate(_vectors(_registers(x))):
+                columns = [arith.addi(at, _int(VECTOR * i + j)) for j in range(4)]
+                utils.inline_ptx(
+                    "st.shared.v4.b32 [$0], {$1, $2, $3, $4};"
+                    f" st.shared.v4.b32 [$0+{4 * CAPACITY}], {{$5, $6, $7, $8}};",
+                    _at(pointer, arith.addi(to, _int(VECTOR * i))), *vector, *columns, has_side_effects=True,
+                )  # fmt: skip
+            return _number(_of(listed))
+
+        extend(x, listed, self.begin + piece * PIECE, self.list)
+
     def hold(self, listed) -> None:
         """The list, of so many numbers, in registers, NaN behind it."""
 
@@ -268,57 +289,48 @@ class Listed:
 
     def keep(self, found: Found) -> None:
         """Of the list, which is held, what a search of it has found, in its order."""
-
-        def put(place, r, column, kept, list_):
-            utils.inline_ptx("st.shared.f32 [$0], $1;", _at(list_, place), r, predicate=kept)
-            place = arith.addi(place, _int(CAPACITY))
-            utils.inline_ptx("st.shared.b32 [$0], $1;", _at(list_, place), column, predicate=kept)
-
-        self._leave(self.alone, put, found, self.own, self.list)
+        put = f"@p st.shared.b32 [$9], $2; @p st.shared.b32 [$9+{4 * CAPACITY}], $8;"
+        self._leave(self.alone, found, put, jnp.int32(0), self.own, self.list)
 
     def leave(self, found: Found) -> None:
         """The columns of what a search of the cluster's lists has found."""
+        put = "@p st.global.b32 [$9], $8;"
+        self._leave(self.together, found, put, self.first, self.words, self.out.at[self.together.row])
 
-        def put(place, _, column, kept, out, first):
-            column = arith.subi(column, first)
-            utils.inline_ptx("st.global.b32 [$0], $1;", _at(out, place), column, predicate=kept)
+    def _leave(self, lanes: Lanes, found: Found, put: str, first, words, to) -> None:
+        """Put the numbers ($2) that are found, and their columns from `first` on ($8), to their places ($9)."""
+        for ties in (False, True):
+            pl.when(found.every != ties)(lambda ties=ties: self._chosen(lanes, found, ties, put, first, words, to))
 
-        self._leave(self.together, put, found, self.words, self.out.at[self.together.row], self.first)
+    def _chosen(self, lanes: Lanes, found: Found, ties: bool, put: str, first, words, to) -> None:
+        """The same with or without a choice among the threshold's equals."""
+        element = f"""{{ .reg .pred p, q; {TIES if ties else "setp.ge.f32 p, $2, $3; mov.b32 $1, $5;"}
+            setp.lt.and.s32 p, $4, $7, p; {put} mov.b32 $0, $4; @p add.u32 $0, $0, 1; }}"""
 
-    def _leave(self, lanes: Lanes, put, found: Found, words, to, *numbers) -> None:
-        """put(place, number, column, whether, to, *numbers) for all that is held."""
-        kinds = (*(SPLAT,) * (4 + len(numbers)), *(REF,) * 3)
-
-        @plgpu.inline_mgpu(arg_types=(tile_layout(LIST_UNITS), *kinds), return_type=NUMBER)
-        def leave(_, x, least, need, most, turn, *rest):
-            least, need, most, turn, *numbers = map(_of, (least, need, most, turn, *rest[:-3]))
-            list_, words, to = rest[-3:]
+        @plgpu.inline_mgpu(arg_types=(tile_layout(LIST_UNITS), *(SPLAT,) * 5, *(REF,) * 3), return_type=NUMBER)
+        def chosen(_, x, least, need, most, turn, first, list_, words, to):
+            least, need, most, turn, first = map(_of, (least, need, most, turn, first))
             at, vectors = _own(_int(CAPACITY), 8 * LIST_UNITS), _vectors(_registers(x))
             places = [_at(utils.memref_ptr(list_), arith.addi(at, _int(VECTOR * i))) for i in range(len(vectors))]
             # All columns are read before the barrier of the exchange, from which on the list is written.
-            names = [_shared(place, _i32()) for place in places]
-            above, some = _starts(vectors, "gt", least)
-            same, equals = _starts(vectors, "eq", least)
-            before = [lanes.before(w) for w in lanes.exchange([some, equals], turn, words)]
+            columns = [_shared(place, _i32()) for place in places]
+            rules = ("gt", "eq") if ties else ("ge",)
+            starts, sums = zip(*(_starts(vectors, rule, least) for rule in rules), strict=True)
+            before = [lanes.before(w) for w in lanes.exchange(sums, turn, words)]
             to = utils.memref_ptr(to)
-            for vector, columns, q, e in zip(vectors, names, above, same, strict=True):
-                q, e = arith.addi(q, before[0]), arith.addi(e, before[1])
-                for r, column in zip(vector, columns, strict=True):
-                    greater, equal = _greater(r, least), _equal(r, least)
-                    early = arith.andi(equal, arith.cmpi(arith.CmpIPredicate.slt, e, need))
-                    place = arith.addi(q, arith.minsi(e, need))
-                    fits = arith.cmpi(arith.CmpIPredicate.slt, place, most)
-                    put(place, r, column, arith.andi(arith.ori(greater, early), fits), to, *numbers)
-                    q = arith.addi(q, arith.extui(_i32(), greater))
-                    e = arith.addi(e, arith.extui(_i32(), equal))
-            return _number(some)
+            for i, vector in enumerate(vectors):
+                place, *equals = (arith.addi(s[i], b) for s, b in zip(starts, before, strict=True))
+                same = equals[0] if ties else _int(0)
+                place = arith.addi(place, arith.minsi(same, need))
+                for r, column in zip(vector, columns[i], strict=True):
+                    place, same = utils.inline_ptx(
+                        element, r, least, place, same, need, most, arith.subi(column, first), _at(to, place),
+                        result_types=(_i32(), _i32()), has_side_effects=True,
+                    )  # fmt: skip
+            return _number(turn)
 
         asked = found.threshold, found.equals, found.chosen, found.turn
-        leave(lanes.resident, *asked, *numbers, self.list, words, to)
-
-
-def _equal(x, y):
-    return arith.cmpf(arith.CmpFPredicate.OEQ, x, y)
+        chosen(lanes.resident, *asked, first, self.list, words, to)
 
 
 def _shared(pointer, kind) -> tuple:

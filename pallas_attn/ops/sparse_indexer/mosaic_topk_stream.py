@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_attn.ops.sparse_indexer.mosaic_topk_list import CAPACITY, RING
+from pallas_attn.ops.sparse_indexer.mosaic_topk_list import CAPACITY, PIECE, RING
 from pallas_attn.ops.sparse_indexer.mosaic_topk_search import Row, key, value
 
 SPARE = 256  # numbers more than k that a shortened list may have
@@ -49,7 +49,9 @@ def gather(lanes, turn) -> tuple:
 
         def take():
             lanes.fetch(piece + RING)
-            lanes.append(now, least, found, listed, piece)
+            whole = (found.total == PIECE) & ((listed & 3) == 0)
+            pl.when(whole)(lambda: lanes.extend(now, listed, piece))
+            pl.when(jnp.logical_not(whole))(lambda: lanes.append(now, least, found, listed, piece))
             return piece + 1, listed + found.total, least, 1 - turn
 
         return lax.cond(listed + found.total <= CAPACITY, take, lambda: (piece, *shorten(lanes, listed, 1 - turn)))
