@@ -77,6 +77,13 @@ def test_clusters_simulated(cell, rng, monkeypatch):
     np.testing.assert_array_equal(simulate(monkeypatch, p, args, ctas, clusters), sorted_rows(p, args))
 
 
+def test_clusters_that_meet_simulated(rng, monkeypatch):
+    """The words of a cluster by its own barrier, as the form that holds rows exchanges them."""
+    monkeypatch.setattr(mosaic_topk_list, "SIGNALS", False)
+    p, args = concrete_topk(rng, 2, 300, 20000, "starts and ends")
+    np.testing.assert_array_equal(simulate(monkeypatch, p, args, 2), sorted_rows(p, args))
+
+
 @pytest.mark.parametrize("kind", ["relu", "all equal", "nearly all NaN", "all -inf", "ascending", "two values"])
 def test_equals_of_clusters_simulated(kind, rng, monkeypatch):
     """Equal numbers in several CTAs' lists: the first of them are chosen."""

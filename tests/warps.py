@@ -24,7 +24,7 @@ class Memory:
     """An array, or the arrays of that name of all CTAs of a cluster."""
 
     def __init__(self, *arrays):
-        self.arrays = arrays
+        self.arrays, self.barriers = arrays, {}
 
     @property
     def mine(self):
@@ -36,6 +36,29 @@ class Memory:
 
     def __getitem__(self, row):
         return Memory(self.mine[uniform(row)])
+
+
+class Barrier:
+    """One in shared memory that counts arrivals and the bytes that are on their way."""
+
+    def __init__(self, arrivals):
+        self.changed, self.most = threading.Condition(), arrivals
+        self.arrivals, self.bytes, self.phase = 0, 0, 0
+
+    def change(self, arrivals, count):
+        with self.changed:
+            phase = self.phase
+            self.arrivals, self.bytes = self.arrivals + arrivals, self.bytes + count
+            assert self.arrivals <= self.most
+            if self.arrivals == self.most and self.bytes == 0:
+                self.arrivals, self.phase = 0, self.phase + 1
+                self.changed.notify_all()
+            return phase
+
+    def wait(self, phase):
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.phase > phase, timeout=60), "waits for ever"
+            assert self.phase == phase + 1, "a phase was missed"
 
 
 class Pointer:
@@ -95,7 +118,7 @@ class Snippet:
     """One inline PTX: its operands $0.. and its own registers."""
 
     def __init__(self, args, kinds):
-        self.kinds, self.names = kinds, {}
+        self.kinds, self.names, self.away = kinds, {}, {}
         self.names |= {f"${len(kinds) + i}": a for i, a in enumerate(args)}
 
     def get(self, name, kind=np.int32):
@@ -130,9 +153,12 @@ class Snippet:
         return [np.array(x.view(np.dtype(k))) for x, k in zip(out, self.kinds, strict=True)]
 
     def step(self, line):
-        alive = full(True)
+        if found := re.match(r"(\w+):\s+", line):
+            self.away.pop(found[1], None)
+            line = line[found.end() :]
+        alive = ~np.any([full(False), *self.away.values()], axis=0)
         if found := re.match(r"@(!?)(\S+)\s+", line):
-            alive = self.names[found[2]] ^ bool(found[1])
+            alive = alive & (self.names[found[2]] ^ bool(found[1]))
             line = line[found.end() :]
         op, _, rest = line.partition(" ")
         names = [x.strip(" {}[]") for x in re.split(r"[,|]", rest)]
@@ -187,6 +213,12 @@ class Snippet:
             self.set(name, x, alive)
 
     def _st(self, parts, names, alive):
+        if "async" in parts:
+            self.pointer(names[0]).write(self.get(names[1]), alive)
+            to = self.pointer(names[2])
+            for i in np.flatnonzero(alive):
+                to.memory.barriers[int(to.rank[i]), int(to.offset[i])].change(0, -4)
+            return
         for i, name in enumerate(names[1:]):
             assert len(names) == 2 or (self.pointer(names[0]).offset[alive] % 16 == 0).all(), "misaligned"
             self.pointer(names[0]).plus(4 * i).write(self.get(name), alive)
@@ -204,6 +236,29 @@ class Snippet:
         to, source = (self.pointer(n) for n in names[:2])
         assert (to.offset[alive] % int(names[2]) == 0).all(), "misaligned"
         HERE.copies[-1].append((to, source, int(names[2]) // 4, alive))
+
+    def _mbarrier(self, parts, names, alive):
+        to = self.pointer(names[0] if "init" in parts else names[1])
+        at = HERE.rank, int(uniform(to.offset))
+        assert at[1] % 8 == 0, "misaligned"
+        if "init" in parts:
+            assert alive.sum() == 1
+            to.memory.barriers[at] = Barrier(int(names[1]))
+        elif "arrive" in parts:
+            assert (alive == (LANE == 0)).all()
+            for _ in range(THREADS // 32):
+                phase = to.memory.barriers[at].change(1, int(names[2]))
+            self.names[names[0]] = phase
+        else:
+            to.memory.barriers[at].wait(self.names[names[2]])
+            self.names[names[0]] = full(True)
+
+    def _fence(self, parts, names, alive):
+        pass
+
+    def _bra(self, parts, names, alive):
+        if alive.any():
+            self.away[names[0]] = alive
 
     def _bar(self, parts, names, alive):
         pass  # a CTA runs in lockstep
@@ -278,7 +333,7 @@ lax = types.SimpleNamespace(
 
 def inline_mgpu(arg_types=(), return_type=None):
     """A function that runs as it stands."""
-    made = lambda x: x if isinstance(x, Memory | list | Pointer) else full(x)  # noqa: E731
+    made = lambda x: x if isinstance(x, Memory | list | tuple) else full(x)  # noqa: E731
     return lambda f: lambda *args: f(None, *map(made, args))
 
 

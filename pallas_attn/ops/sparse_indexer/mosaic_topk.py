@@ -97,7 +97,7 @@ def inputs_of(form: Form, args: Args) -> dict[str, Any]:
 
 def scratch_of(form: Form) -> dict[str, Any]:
     """Shared memory and barriers of a CTA."""
-    words = {"words": plgpu.SMEM((2 * 3 * form.ctas * WARPS,), jnp.int32)}
+    words = {"words": plgpu.SMEM((2 * 3 * form.ctas * WARPS + (4 if form.streamed else 0),), jnp.int32)}
     if form.streamed:
         return words | {
             "list": plgpu.SMEM((2 * CAPACITY,), jnp.int32),
@@ -125,6 +125,7 @@ def select(form: Form, x: dict, lanes) -> None:
         return Row(form, lanes, end - first, sample).select(1 - turn)
 
     if form.streamed:
+        lanes.prepare()
         lax.fori_loop(0, mine, row, (jnp.int32(0), jnp.int32(0)))
         return
     lanes.fetch(cluster)

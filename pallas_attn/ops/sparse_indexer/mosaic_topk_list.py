@@ -23,11 +23,13 @@ from jaxlib.mlir.dialects import arith
 from pallas_attn.ops.sparse_indexer.mosaic_topk_lanes import (
     ALL,
     F32,
+    MEET,
     NUMBER,
     REF,
     SPLAT,
     THREADS,
     UNIT,
+    WARPS,
     Form,
     Lanes,
     _f32,
@@ -50,6 +52,7 @@ CAPACITY = LIST_UNITS * UNIT
 PIECE_UNITS = 2
 PIECE = PIECE_UNITS * UNIT  # columns that a CTA takes at a time; the list holds them beside the largest k
 RING = 2  # pieces on their way
+SIGNALS = True  # whether words between the CTAs of a cluster signal themselves
 VECTOR = 128  # columns of four registers of a warp
 # p: whether $2 is above $3, or equals it and is among the first $6 that do, $5 of which came before; $1 is the next $5.
 TIES = """setp.eq.f32 q, $2, $3; setp.lt.and.s32 p, $5, $6, q; setp.gt.or.f32 p, $2, $3, p;
@@ -152,7 +155,23 @@ class Listed:
 
     def __post_init__(self) -> None:
         self.alone = Lanes(self.form._replace(ctas=1), self.x, self.out, None, self.own, None)
-        self.together = Lanes(self.form, self.x, self.out, None, self.words, None)
+        self.together = Lanes(self.form, self.x, self.out, None, self.words, None, SIGNALS and self.form.ctas > 1)
+
+    def prepare(self) -> None:
+        """Make the barriers of words that signal themselves, before any CTA of the cluster sends one."""
+
+        @plgpu.inline_mgpu(arg_types=(SPLAT, REF), return_type=NUMBER)
+        def prepare(_, rank, words):
+            barriers = _at(utils.memref_ptr(words), _int(6 * self.form.ctas * WARPS))
+            utils.inline_ptx(
+                f"{{ .reg .pred p; setp.eq.u32 p, $0, 0; @p mbarrier.init.shared::cta.b64 [$1], {WARPS};"
+                f" @p mbarrier.init.shared::cta.b64 [$1+8], {WARPS}; fence.mbarrier_init.release.cluster; {MEET} }}",
+                utils.thread_idx(), barriers, has_side_effects=True, convergent=True,
+            )  # fmt: skip
+            return _number(_of(rank))
+
+        if self.together.signals:
+            prepare(self.together.rank, self.words)
 
     def take(self, row, first, end) -> None:
         """Go on to a row, of whose columns first to end each CTA takes a share that begins at a multiple of four."""
