@@ -33,6 +33,24 @@ def streamed(ctas):
     return types.SimpleNamespace(run=functools.partial(mosaic_topk.run, ctas=ctas, stream=True))
 
 
+def test_the_ends_move_past_threads_without_a_number(rng, monkeypatch):
+    """A thread that holds nothing but NaN, as behind a short list, has no say in what the greatest number is."""
+    form = mosaic_topk.form_of(abstract_topk(1, 512, 131072, "whole")[0], 1, stream=True)
+    x, found = rng.standard_normal(700).astype(np.float32), []
+    shared = {n: warps.Memory(np.zeros(s.shape, s.dtype)) for n, s in mosaic_topk.scratch_of(form).items()}
+    shared["list"].arrays[0][: x.size] = x.view(np.int32)
+
+    def cta():
+        lanes = mosaic_topk_list.Listed(form, None, None, **shared)
+        lanes.hold(np.int32(x.size))
+        found.extend(lanes.alone.nearest(np.float32(-0.5), np.float32(1.5), np.int32(0)))
+
+    with warps.simulated(monkeypatch, *MODULES):
+        warps.cluster(0, 1, cta)
+    least, most = (np.asarray(mosaic_topk_search.value(k[0])) for k in found)
+    assert (least, most) == (x[x >= -0.5].min(), x[x < 1.5].max())
+
+
 def simulate(monkeypatch, p, args, ctas, clusters=1):
     """The kernel's result, by warps on a CPU; what it has not written is no column."""
     form = mosaic_topk.form_of(p, ctas, stream=True)._replace(clusters=clusters)

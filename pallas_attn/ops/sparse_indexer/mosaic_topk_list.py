@@ -54,9 +54,11 @@ PIECE = PIECE_UNITS * UNIT  # columns that a CTA takes at a time; the list holds
 RING = 2  # pieces on their way
 SIGNALS = True  # whether words between the CTAs of a cluster signal themselves
 VECTOR = 128  # columns of four registers of a warp
-# p: whether $2 is above $3, or equals it and is among the first $6 that do, $5 of which came before; $1 is the next $5.
-TIES = """setp.eq.f32 q, $2, $3; setp.lt.and.s32 p, $5, $6, q; setp.gt.or.f32 p, $2, $3, p;
-    mov.b32 $1, $5; @q add.u32 $1, $1, 1;"""
+# p: whether $2 is among the chosen, q: whether it is one of $3's equals, of which $5 came before, and the first $6 are.
+EVERY = "setp.ge.f32 p, $2, $3; setp.eq.f32 q, $2, $3;"
+SOME = "setp.eq.f32 q, $2, $3; setp.lt.and.s32 p, $5, $6, q; setp.gt.or.f32 p, $2, $3, p;"
+# Outputs come last in all inline PTX here, for they may share registers with inputs.
+NEXT = "mov.b32 a, $4; @p add.u32 a, a, 1; mov.b32 b, $5; @q add.u32 b, b, 1; mov.b32 $0, a; mov.b32 $1, b;"
 
 
 class Survey(NamedTuple):
@@ -252,8 +254,8 @@ class Listed:
                 place = arith.addi(to, _byte(_of(lanes), i))
                 for j, r in enumerate(vector):
                     place = utils.inline_ptx(
-                        "{ .reg .pred p; setp.ge.f32 p, $1, $2; mov.b32 $0, $3; @p st.shared.b32 [$4], $1;"
-                        f" @p st.shared.b32 [$4+{4 * CAPACITY}], $5; @p add.u32 $0, $0, 1; }}",
+                        "{ .reg .pred p; setp.ge.f32 p, $1, $2; @p st.shared.b32 [$4], $1;"
+                        f" @p st.shared.b32 [$4+{4 * CAPACITY}], $5; mov.b32 $0, $3; @p add.u32 $0, $0, 1; }}",
                         r, _of(least), place, _at(pointer, place), arith.addi(at, _int(VECTOR * i + j)),
                         result_types=_i32(), has_side_effects=True,
                     )  # fmt: skip
@@ -323,8 +325,8 @@ class Listed:
 
     def _chosen(self, lanes: Lanes, found: Found, ties: bool, put: str, first, words, to) -> None:
         """The same with or without a choice among the threshold's equals."""
-        element = f"""{{ .reg .pred p, q; {TIES if ties else "setp.ge.f32 p, $2, $3; mov.b32 $1, $5;"}
-            setp.lt.and.s32 p, $4, $7, p; {put} mov.b32 $0, $4; @p add.u32 $0, $0, 1; }}"""
+        rule = SOME if ties else EVERY
+        element = f"{{ .reg .pred p, q; .reg .b32 a, b; {rule} setp.lt.and.s32 p, $4, $7, p; {put} {NEXT} }}"
 
         @plgpu.inline_mgpu(arg_types=(tile_layout(LIST_UNITS), *(SPLAT,) * 5, *(REF,) * 3), return_type=NUMBER)
         def chosen(_, x, least, need, most, turn, first, list_, words, to):
