@@ -55,7 +55,7 @@ def simulate(monkeypatch, p, args, ctas, clusters=1):
     """The kernel's result, by warps on a CPU; what it has not written is no column."""
     form = mosaic_topk.form_of(p, ctas, stream=True)._replace(clusters=clusters)
     logits, starts, ends = (None if x is None else np.asarray(x) for x in args)
-    x, out = warps.Memory(logits), warps.Memory(np.full((p.rows, p.k), 1 << 30, np.int32))
+    x, out = warps.Memory(logits), warps.Result(np.full((p.rows, p.k), 1 << 30, np.int32), 1 << 30)
     shared = {
         name: warps.Memory(*(np.full(s.shape, 9, s.dtype) for _ in range(ctas)))
         for name, s in mosaic_topk.scratch_of(form).items()
@@ -107,6 +107,23 @@ def test_equals_of_clusters_simulated(kind, rng, monkeypatch):
     """Equal numbers in several CTAs' lists: the first of them are chosen."""
     p, args = concrete_topk(rng, 1, 1000, 40000, "starts and ends", ROWS[kind])
     np.testing.assert_array_equal(simulate(monkeypatch, p, args, 4), sorted_rows(p, args))
+
+
+EDGES = [
+    (1.0, np.nextafter(np.float32(1), 2)),
+    (-0.0, 1e-45),
+    (0.0, 1e-45),
+    (-np.inf, -3.4028235e38),
+    (3.4028235e38, np.inf),
+]
+
+
+@pytest.mark.parametrize(("low", "high"), EDGES, ids=str)
+def test_the_least_bit_more_is_enough(low, high, rng, monkeypatch):
+    """Of what comes after a list was cut, anything that is greater than its least number at all."""
+    later = lambda rng, n: np.where((np.arange(n) > 20000) & (rng.random(n) < 0.005), high, low)  # noqa: E731
+    p, args = concrete_topk(rng, 1, 300, 40000, "whole", later)
+    np.testing.assert_array_equal(simulate(monkeypatch, p, args, 1), sorted_rows(p, args))
 
 
 def test_what_is_streamed(monkeypatch):

@@ -38,6 +38,21 @@ class Memory:
         return Memory(self.mine[uniform(row)])
 
 
+class Result(Memory):
+    """Memory of which nothing is written a second time, but by the same."""
+
+    def __init__(self, array, unwritten):
+        super().__init__(array)
+        self.unwritten = unwritten
+
+    def __getitem__(self, row):
+        return Result(self.mine[uniform(row)], self.unwritten)
+
+    def check(self, at, x):
+        old = self.mine[at]
+        assert ((old == self.unwritten) | (old == x)).all(), "written twice"
+
+
 class Barrier:
     """One in shared memory that counts arrivals and the bytes that are on their way."""
 
@@ -90,7 +105,10 @@ class Pointer:
 
     def write(self, x, alive):
         for array, some, at in self._places(1, alive):
-            array[at] = x[some].view(array.dtype)
+            new = x[some].view(array.dtype)
+            if isinstance(self.memory, Result):
+                self.memory.check(at, new)
+            array[at] = new
 
 
 def uniform(x):
