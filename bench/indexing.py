@@ -134,6 +134,7 @@ NUMBERS: dict[str, Callable] = {
     "lowbits": lambda key, shape: jax.lax.bitcast_convert_type(
         0x3F800000 + jax.random.randint(key, shape, 0, 1024), jnp.float32
     ),
+    "ascending": lambda key, shape: jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.float32), shape),
     "heavy": jax.random.cauchy,
     "groups": lambda key, shape: jax.random.normal(key, shape) + 100.0 * (jax.random.uniform(key, shape) < 0.05),
     "infinite": lambda key, shape: jnp.where(
@@ -209,7 +210,8 @@ def variants(case: IndexingCase) -> dict[str, dict[str, Any]]:
         case "topk":
             most = mosaic_topk.MOST_UNITS * mosaic_topk.UNIT
             fits = [n for n in (1, 2, 4, 8) if n * most >= case.keys or n == 8]
-            return {f"{n} CTAs": {"ctas": n} for n in fits}
+            held = {f"{n} CTAs": {"ctas": n, "stream": False} for n in fits}
+            return held | {f"{n} CTAs, streamed": {"ctas": n, "stream": True} for n in (1, 2, 4, 8)}
         case "indexer":
             return {"one after the other": {}, "overlapping": {"early": True}}
     return {}

@@ -6,6 +6,8 @@ secant rule; from the ninth on they halve what is left of the order keys (floats
 no input takes more than 8 + 32 and a few. Now and then both ends move to the nearest numbers that there are, which ends
 the search at once where many are equal. Then each warp knows how many of the chosen stand before its columns, and 32
 neighbours at a time leave by one ballot: in ascending order, ties by the lowest column, without atomics.
+
+Many long rows are not held but streamed (`mosaic_topk_stream`): what is held and searched then is a list of each part.
 """
 
 from typing import Any
@@ -18,13 +20,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.ops.sparse_indexer.mosaic_parts import int32
 from pallas_attn.ops.sparse_indexer.mosaic_topk_lanes import MOST_UNITS, UNIT, WARPGROUPS, WARPS, Form, Lanes
+from pallas_attn.ops.sparse_indexer.mosaic_topk_list import CAPACITY, LIST_UNITS, PIECE, RING, Listed
 from pallas_attn.ops.sparse_indexer.mosaic_topk_search import Row
+from pallas_attn.ops.sparse_indexer.mosaic_topk_stream import stream_row
 from pallas_attn.ops.sparse_indexer.topk.problem import Args, Problem
 from pallas_attn.runtime.mosaic import SMS
 
 MOST_COLUMNS, MOST_K = 1 << 20, 4096
 MOST_CTAS = 8  # of a cluster, on every GPU
 CLUSTERED = 128  # SMs in groups of 16 that clusters share
+STREAM = False  # whether many long rows are streamed
+STREAMED_ROWS = 32  # from which on they are
 
 
 def supports(p: Problem) -> str | None:
@@ -38,28 +44,37 @@ def supports(p: Problem) -> str | None:
     return next((reason for reason, refused in refusals.items() if refused), None)
 
 
-def form_of(p: Problem, ctas: int | None = None) -> Form:
-    """The static shape of the kernel for one problem, by CTAs of a cluster: as few as hold a row."""
+def form_of(p: Problem, ctas: int | None = None, stream: bool | None = None) -> Form:
+    """The static shape of the kernel for one problem, by CTAs of a cluster: as few as hold a row, or, where rows are
+    streamed, as many as there are for each."""
     most = MOST_UNITS * UNIT
+    long = p.columns > most and (p.rows >= STREAMED_ROWS or p.columns > MOST_CTAS * most)
+    if STREAM and long if stream is None else stream:
+        ctas = ctas or next((n for n in (8, 4, 2) if n * p.rows <= CLUSTERED), 1)
+        return Form(p.rows, p.columns, p.k, ctas, LIST_UNITS, 1, False, clusters_of(p, ctas), streamed=True)
     if ctas is None:
         ctas = next((n for n in (1, 2, 4) if n * most >= p.columns), MOST_CTAS)
     segments = -(-p.columns // (ctas * most))
     units = -(-p.columns // (ctas * segments * UNIT))
     staged = segments == 1 and p.columns % 256 == 0
-    clusters = min(SMS if ctas == 1 else CLUSTERED // ctas, p.rows)
-    return Form(p.rows, p.columns, p.k, ctas, units, segments, staged, clusters)
+    return Form(p.rows, p.columns, p.k, ctas, units, segments, staged, clusters_of(p, ctas))
 
 
-def run(p: Problem, *arrays, ctas: int | None = None, early: bool = False):
-    """The columns. early: start beside the kernel before this one, and wait for it."""
-    form = form_of(p, ctas)
+def clusters_of(p: Problem, ctas: int) -> int:
+    """How many clusters there are at a time, no more than rows."""
+    return min(SMS if ctas == 1 else CLUSTERED // ctas, p.rows)
+
+
+def run(p: Problem, *arrays, ctas: int | None = None, stream: bool | None = None, early: bool = False):
+    """The columns. stream: whether rows are; early: start beside the kernel before this one, and wait for it."""
+    form = form_of(p, ctas, stream)
     leaves, tree = jax.tree.flatten(inputs_of(form, Args(*arrays)))
 
-    def topk(*refs, tile, words, here):
+    def topk(*refs, **scratch):
         if early:
             plgpu.griddepcontrol_wait()
         x = jax.tree.unflatten(tree, refs[: len(leaves)])
-        select(form, x, Lanes(form, x["logits"], refs[-1], tile, words, here))
+        select(form, x, (Listed if form.streamed else Lanes)(form, x["logits"], refs[-1], **scratch))
 
     cluster: dict[str, Any] = {"cluster": (form.ctas,), "cluster_names": ("rank",)} if form.ctas > 1 else {}
     kernel = plgpu.kernel(
@@ -82,26 +97,36 @@ def inputs_of(form: Form, args: Args) -> dict[str, Any]:
 
 def scratch_of(form: Form) -> dict[str, Any]:
     """Shared memory and barriers of a CTA."""
-    return {
-        "tile": plgpu.SMEM((16 * form.units if form.staged else 1, 256), jnp.float32),
-        "words": plgpu.SMEM((2 * 3 * form.ctas * WARPS,), jnp.int32),
-        "here": plgpu.Barrier(),
-    }
+    words = {"words": plgpu.SMEM((2 * 3 * form.ctas * WARPS + (4 if form.streamed else 0),), jnp.int32)}
+    if form.streamed:
+        return words | {
+            "list": plgpu.SMEM((2 * CAPACITY,), jnp.int32),
+            "ring": plgpu.SMEM((RING * PIECE,), jnp.float32),
+            "own": plgpu.SMEM((2 * 3 * WARPS,), jnp.int32),
+        }
+    tile = plgpu.SMEM((16 * form.units if form.staged else 1, 256), jnp.float32)
+    return words | {"tile": tile, "here": plgpu.Barrier()}
 
 
 def select(form: Form, x: dict, lanes) -> None:
     """The rows of one cluster, one after the other."""
     cluster = lax.axis_index("cluster")
     mine = lax.div(form.rows - cluster + form.clusters - 1, jnp.int32(form.clusters))
-    lanes.fetch(cluster)
 
     def row(i, turn):
         number = cluster + i * form.clusters
         end = jnp.int32(form.columns) if x["ends"] is None else jnp.clip(x["ends"][number], 0, form.columns)
         first = jnp.int32(0) if x["starts"] is None else jnp.clip(x["starts"][number], 0, end)
+        if form.streamed:
+            return stream_row(lanes, number, first, end, turn)
         lanes.take(number, first, end)
         sample = lanes.sample(turn)  # its barrier tells that all threads have their part of the row
         pl.when(i + 1 < mine)(lambda: lanes.fetch(number + form.clusters))
         return Row(form, lanes, end - first, sample).select(1 - turn)
 
+    if form.streamed:
+        lanes.prepare()
+        lax.fori_loop(0, mine, row, (jnp.int32(0), jnp.int32(0)))
+        return
+    lanes.fetch(cluster)
     lax.fori_loop(0, mine, row, jnp.int32(0))

@@ -33,6 +33,19 @@ I32, F32 = jnp.int32, jnp.float32
 NUMBER = plgpu.ShapeDtypeStruct((), I32, layout=SPLAT)
 REF = plgpu.RefType()
 NAN, ALL = "0x7fffffff", "0xffffffff"
+MEET = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
+# Words that signal themselves: a barrier of the CTA that they go to counts their bytes, and its warps, which wait for
+# it. The cluster's own barrier would have each word behind a fence of all of memory.
+SEND = (
+    "@p mapa.shared::cluster.u32 a, $1, $0; @p mapa.shared::cluster.u32 b, $3, $0;"
+    " @p st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [a], $2, [b];"
+)
+AWAIT = (
+    "{ .reg .pred p; .reg .b64 t; setp.ne.u32 p, $0, 0; @p bra done;"
+    " mbarrier.arrive.expect_tx.shared::cta.b64 t, [$1], %d;"
+    " again: mbarrier.try_wait.shared::cta.b64 p, [$1], t; @!p bra again;"
+    f" done: bar.warp.sync {ALL}; }}"
+)
 
 
 class Form(NamedTuple):
@@ -46,6 +59,7 @@ class Form(NamedTuple):
     segments: int  # of so many columns that a CTA takes, one after the other
     staged: bool  # rows come by TMA, the next one's while one is searched
     clusters: int
+    streamed: bool = False  # rows pass by, and their parts' lists are what the registers have
 
     @property
     def part(self) -> int:
@@ -141,8 +155,9 @@ class Lanes:
     x: Any  # [rows, columns], or [rows, columns / 256, 256] where staged
     out: Any
     tile: Any  # where a staged row arrives
-    words: Any  # int32 [2, 3, warps of the cluster]
+    words: Any  # int32 [2, 3, warps of the cluster], and four that are two barriers if they signal themselves
     here: Any
+    signals: bool = False  # whether they do
 
     def __post_init__(self) -> None:
         self.layout = tile_layout(self.form.units)
@@ -233,7 +248,7 @@ class Lanes:
     def exchange(self, values: Sequence, turn, words) -> list[list]:
         """Each warp's values to all threads of the cluster: lists of the registers that lanes then hold, word l and
         every 32nd from there, some of which repeat others if there are fewer than 32 words."""
-        ctas, most, spread = self.form.ctas, self.form.ctas * WARPS, "shared::cluster." if self.form.ctas > 1 else ""
+        ctas, most = self.form.ctas, self.form.ctas * WARPS
         lane, warp = _lane(), utils.warp_idx()
         pointer = utils.memref_ptr(words)
         at = lambda word, index: utils.getelementptr(  # noqa: E731
@@ -243,19 +258,16 @@ class Lanes:
         if ctas > 1:
             rank = utils.inline_ptx("mov.u32 $0, %cluster_ctarank;", result_types=_i32())
             mine = arith.addi(arith.muli(rank, _int(WARPS)), warp)
+        put, wait, barrier = "@p st.shared.b32 [$1], $2;", f"bar.sync 15, {THREADS};", []
+        if ctas > 1:  # lane l writes to the CTA of rank l
+            put, wait = "@p mapa.shared::cluster.u32 a, $1, $0; @p st.shared::cluster.b32 [a], $2;", MEET
+        if self.signals:
+            put, wait = SEND, AWAIT % (4 * ctas * len(values))
+            barrier = [at(0, arith.subi(_int(6 * most), arith.muli(turn, _int(3 * most - 2))))]
+        put = f"{{ .reg .pred p; .reg .b32 a, b; setp.lt.u32 p, $0, {ctas}; {put} }}"
         for word, value in enumerate(values):
-            if ctas == 1:
-                put = "{ .reg .pred p; setp.eq.u32 p, $0, 0; @p st.shared.b32 [$1], $2; }"
-            else:  # lane l writes to the CTA of rank l
-                put = (
-                    f"{{ .reg .pred p; .reg .b32 a; setp.lt.u32 p, $0, {ctas};"
-                    f" @p mapa.{spread}u32 a, $1, $0; @p st.{spread}b32 [a], $2; }}"
-                )
-            utils.inline_ptx(put, lane, at(word, mine), value, has_side_effects=True)
-        wait = f"bar.sync 15, {THREADS};"
-        if ctas > 1:
-            wait = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
-        utils.inline_ptx(wait, has_side_effects=True, convergent=True)
+            utils.inline_ptx(put, lane, at(word, mine), value, *barrier, has_side_effects=True)
+        utils.inline_ptx(wait, lane, *barrier, has_side_effects=True, convergent=True)
         got = []
         for word in range(len(values)):
             index = [arith.andi(arith.addi(lane, _int(32 * i)), _int(most - 1)) for i in range(max(most // 32, 1))]
@@ -345,6 +357,7 @@ class Lanes:
                 up.append(arith.select(reaches, r, _float(float("inf"))))
                 below = arith.cmpf(arith.CmpFPredicate.ULT, r, _of(high))
                 down.append(arith.select(below, r, _float(float("-inf"))))
+            down.append(_float(float("-inf")))  # a thread may have nothing but NaN
             keys = [_key(_tree(up, arith.minnumf)), _key(_tree(down, arith.maxnumf))]
             return _number(arith.minsi(_of(least), keys[0])), _number(arith.maxsi(_of(most), keys[1]))
 

@@ -31,6 +31,16 @@ class State(NamedTuple):
     high_weight: Any
 
 
+class Found(NamedTuple):
+    """What the search ends with: all numbers above the threshold are chosen, and the first of its equals."""
+
+    threshold: Any
+    equals: Any  # how many of them, at most
+    chosen: Any  # how many numbers
+    every: Any  # whether all equals are chosen
+    turn: Any
+
+
 def key(x):
     """The order key of a float: an int32 that rises with it."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
@@ -48,17 +58,18 @@ def root(x):
 
 
 class Row:
-    """One row: its length and sample, and what finds and places its k largest numbers."""
+    """One row: its length and sample, and what finds and places its k largest numbers, or up to `spare` more."""
 
-    def __init__(self, form: Form, lanes, length, sample) -> None:
+    def __init__(self, form: Form, lanes, length, sample, spare: int = 0) -> None:
         self.form, self.lanes, self.length, self.k = form, lanes, length, jnp.float32(form.k)
+        self.most, self.aim = self.k + spare, self.k + spare // 2
         total, squares, count = sample
         count = jnp.maximum(count, 1.0)
         self.mean = total / count
         self.deviation = root(jnp.maximum(squares / count - self.mean * self.mean, 1e-30))
         population = count * max(form.units * 8 * form.segments // SAMPLE, 1)
         # The quantile of a normal distribution: Abramowitz and Stegun, 26.2.23.
-        tail = jnp.minimum(self.k / population, 0.5)
+        tail = jnp.minimum(self.aim / population, 0.5)
         square = -2.0 * 0.6931472 * jnp.log2(tail)
         u = root(square)
         ratio = (2.515517 + 0.802853 * u + 0.010328 * square) / (
@@ -70,15 +81,22 @@ class Row:
 
     def select(self, turn):
         """Find and place; returns the next turn."""
-        found = lax.while_loop(self.open, self.step, self.start(turn))
-        few, exact = self.length <= self.form.k, found.above == self.k
-        threshold = value(found.low)
-        need = (self.k - found.beyond).astype(jnp.int32)
+        found = self.find(turn)
+        few = self.length <= self.form.k
         pl.when(few)(lambda: self.lanes.place_all(self.length))
         many = jnp.logical_not(few)
-        pl.when(many & exact)(lambda: self.lanes.place(threshold, found.turn))
-        pl.when(many & jnp.logical_not(exact))(lambda: self.lanes.place_with_ties(threshold, need, found.turn))
+        pl.when(many & found.every)(lambda: self.lanes.place(found.threshold, found.turn))
+        pl.when(many & jnp.logical_not(found.every))(
+            lambda: self.lanes.place_with_ties(found.threshold, found.equals, found.turn)
+        )
         return jnp.where(few, found.turn, 1 - found.turn)
+
+    def find(self, turn) -> Found:
+        """What is among the k largest."""
+        found = State(*lax.while_loop(self.open, self.step, self.start(turn)))
+        every = found.above <= self.most
+        chosen = jnp.where(every, found.above, self.k).astype(jnp.int32)
+        return Found(value(found.low), chosen - found.beyond.astype(jnp.int32), chosen, every, found.turn)
 
     def start(self, turn) -> State:
         """Nothing is known but that the whole row reaches -inf."""
@@ -92,7 +110,7 @@ class Row:
     def open(self, s) -> Any:
         """Whether the search goes on."""
         s = State(*s)
-        return (self.length > self.form.k) & (s.above != self.k) & (s.high != s.low + 1)
+        return (self.length > self.form.k) & (s.above > self.most) & (s.high != s.low + 1)
 
     def step(self, s) -> State:
         """One count, at a guess or in the middle."""
@@ -145,15 +163,15 @@ class Row:
         return s._replace(guess=self.guess(s, number, count))
 
     def guess(self, s: State, number, count):
-        """Where k numbers might reach: between the ends by the Illinois rule, or, while one of them is unknown, further
-        on by the density of a normal distribution, with a stride that doubles."""
-        short = count - self.k
+        """Where as many numbers as wanted might reach: between the ends by the Illinois rule, or, while one of them is
+        unknown, further on by the density of a normal distribution, with a stride that doubles."""
+        short = count - self.aim
         error = jnp.maximum(short, -short) + 1.0
         stride = lax.bitcast_convert_type((126 + jnp.minimum(s.passes, 7)) << 23, jnp.float32)
         margin = jnp.where(short > 0, jnp.float32(3), jnp.float32(-3)) * root(error)
         further = number + stride * (1.25 * short + margin) / self.slope
-        a = (s.above - self.k) * s.low_weight + 0.25
-        b = (self.k - s.beyond) * s.high_weight
+        a = (s.above - self.aim) * s.low_weight + 0.25
+        b = (self.aim - s.beyond) * s.high_weight
         between = s.low_value + (s.high_value - s.low_value) * (a / (a + b))
         return jnp.where((s.flags & (LOW | HIGH)) == (LOW | HIGH), between, further)
 
