@@ -29,7 +29,7 @@ from pallas_attn.runtime.mosaic import SMS
 MOST_COLUMNS, MOST_K = 1 << 20, 4096
 MOST_CTAS = 8  # of a cluster, on every GPU
 CLUSTERED = 128  # SMs in groups of 16 that clusters share
-STREAM = False  # whether many long rows are streamed
+STREAM = True
 STREAMED_ROWS = 32  # from which on they are
 
 
