@@ -126,12 +126,11 @@ def test_the_least_bit_more_is_enough(low, high, rng, monkeypatch):
     np.testing.assert_array_equal(simulate(monkeypatch, p, args, 1), sorted_rows(p, args))
 
 
-def test_what_is_streamed(monkeypatch):
+def test_what_is_streamed():
     form = lambda rows, columns: mosaic_topk.form_of(abstract_topk(rows, 2048, columns, "ends")[0])  # noqa: E731
-    assert not form(64, 131072).streamed
-    monkeypatch.setattr(mosaic_topk, "STREAM", True)
-    assert [form(*x).streamed for x in ((64, 32768), (4096, 32768), (1, 131072), (31, 131072))] == [False] * 4
-    for rows, ctas in ((32, 4), (64, 2), (65, 1), (4096, 1)):
+    held = ((64, 32768), (4096, 32768), (64, 65536), (1, 131072), (31, 131072))
+    assert [form(*x).streamed for x in held] == [False] * 5
+    for rows, ctas in ((32, 2), (64, 2), (65, 1), (4096, 1)):
         f = form(rows, 131072)
         assert (f.streamed, f.ctas) == (True, ctas)
         assert f.clusters * f.ctas <= mosaic_topk.SMS
@@ -164,6 +163,6 @@ def test_streaming_on_gpu(cell, rng):
 @pytest.mark.parametrize("columns", [20000, 131072, 300001])
 def test_adversarial_rows_streamed_on_gpu(columns, ctas, rng):
     with np.errstate(over="ignore", invalid="ignore"):
-        x = [kind(rng, columns) for kind in ROWS.values()]
-        p, args = concrete_topk(iter(x), len(x), 2048, columns, "", lambda rows, _: next(rows))
+        rows = iter([kind(rng, columns) for kind in ROWS.values()])
+        p, args = concrete_topk(rng, len(ROWS), 2048, columns, "", lambda rng, columns: next(rows))
     np.testing.assert_array_equal(twice(streamed(ctas), p, args), sorted_rows(p, args))

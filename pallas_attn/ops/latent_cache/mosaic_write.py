@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.formats import FP8_DS_MLA
-from pallas_attn.core.latent_cache import DS_CODES, DS_LATENT, DS_SCALES
+from pallas_attn.core.latent_cache import DS_CODES, DS_SCALES
 from pallas_attn.core.narrow import slots32
 from pallas_attn.core.quantized import scale_of, to_codes
 from pallas_attn.ops.latent_cache.write_problem import Args, Problem
@@ -58,9 +58,9 @@ def run(p: Problem, *arrays):
         grid=(-(-p.tokens // ROWS),),
         grid_names=("tokens",),
         scratch_types=[
-            [plgpu.SMEM((ROWS, d), p.dtype) for d in (p.latent_dim, p.rope_dim)],
+            [plgpu.SMEM((ROWS, width), p.dtype) for _, _, width in pieces(p)],
             plgpu.SMEM((ROWS, pitch), cache.pages.dtype),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=len(pieces(p))),
         ],
         interpret=INTERPRET,
     )(latent, rope, slots32(slots, size), *given, memory)
@@ -68,15 +68,24 @@ def run(p: Problem, *arrays):
     return [pages] if cache.scale is None else [pages, cache.scale]
 
 
+def pieces(p: Problem) -> list[tuple[int, int, int]]:
+    """(part of a row, its first column, columns) of each tile that is read as a whole: Pallas has tiles of 2 bytes lie
+    as suits the matrix unit, and then reads the wrong columns of a slice."""
+    group = FP8_DS_MLA.group if p.format == FP8_DS_MLA else None
+    latent = [(0, at, group or p.latent_dim) for at in range(0, p.latent_dim, group or p.latent_dim)]
+    return [*latent, (1, 0, p.rope_dim)]
+
+
 def _write(p: Problem, parts, slots, given, memory, raw, rows, ready) -> None:
     count = min(ROWS, p.tokens)
     # The last share begins early enough to be whole: tokens of two shares are written alike by both.
     first = jnp.minimum(lax.axis_index("tokens") * ROWS, p.tokens - count)
-    for x, tile in zip(parts, raw, strict=True):
-        plgpu.copy_gmem_to_smem(x.at[pl.ds(first, count)], tile.at[pl.ds(0, count)], ready)
+    for (part, at, width), tile in zip(pieces(p), raw, strict=True):
+        source = parts[part].at[pl.ds(first, count), pl.ds(at, width)]
+        plgpu.copy_gmem_to_smem(source, tile.at[pl.ds(0, count)], ready)
     plgpu.barrier_wait(ready)
     if p.format == FP8_DS_MLA:
-        _make_bytes(raw[0], raw[1], rows)
+        _make_bytes(raw[:-1], raw[-1], rows)
     else:
         _make_numbers(p, raw, given, rows)
     plgpu.commit_smem()
@@ -105,7 +114,7 @@ def _make_numbers(p: Problem, raw, given, rows) -> None:
         at += dim
 
 
-def _make_bytes(latent, rope, rows) -> None:
+def _make_bytes(latent: list, rope, rows) -> None:
     """Rows of FP8_DS_MLA: codes, scales, the rotary part."""
     group, dim, interpret = FP8_DS_MLA.group, rope.shape[1], bool(INTERPRET)
     assert group is not None
@@ -116,13 +125,15 @@ def _make_bytes(latent, rope, rows) -> None:
     put = lambda at, x: put_rows(rows.at[:, pl.ds(at, x.shape[1])], x, whole_rows(x.shape[1]), interpret)  # noqa: E731
     column = plgpu.broadcasted_iota(jnp.int32, (ROWS, LANES), 1, layout=words)
     bits = column * 0
-    for i in range(DS_LATENT // group):
+    for i, tile in enumerate(latent):
         part = pl.ds(i * group, group)
-        x = plgpu.load(latent.at[:, part], layout=layout, optimized=False).astype(jnp.float32)
+        x = plgpu.load(tile, layout=layout, optimized=False).astype(jnp.float32)
         scale = scale_of(jnp.max(jnp.abs(x), axis=1), FP8_DS_MLA, quotient)
         # Of a power of two: multiplying by the reciprocal is the division.
         y = x * lax.broadcast_in_dim(quotient(every(1), scale), x.shape, [0])
-        codes = lax.bitcast_convert_type(to_codes(y, FP8_DS_MLA), jnp.uint8)
+        # The kernel's own conversion saturates, and a clamp before it would make a number of a NaN.
+        codes = to_codes(y, FP8_DS_MLA) if interpret else y.astype(FP8_DS_MLA.dtype)
+        codes = lax.bitcast_convert_type(codes, jnp.uint8)
         put_rows(rows.at[:, part], codes, layout, interpret)
         found = lax.broadcast_in_dim(lax.bitcast_convert_type(scale, jnp.int32), column.shape, [0])
         bits = jnp.where(column == i, found, bits)

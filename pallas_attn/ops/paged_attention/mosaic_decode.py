@@ -68,7 +68,7 @@ def run(p: Problem, *arrays, config: Config | None = None, into: tuple[jax.Array
     form = form_of(p, config)
     workers = max(SMS * config.ctas // form.columns, 1)
     inputs = _inputs(p, args, form, mixed=into is not None)
-    partial, stats, before = partials(p, form, config, workers, inputs, beside=() if into is None else into[:1])
+    partial, stats, before = partials(p, form, config, workers, inputs)
     inputs = inputs._replace(before=before)
     sinks, v_scale = args.sinks, _stored_scale(args, 1)
     merge = mosaic_merge.merge
@@ -117,15 +117,9 @@ def _flat(p: Problem, buffers: tuple) -> tuple:
     return tuple(x.reshape(p.pages, p.page_size, -1) for x in buffers)
 
 
-def partials(
-    p: Problem, form: Form, config: Config, workers: int, x: Inputs, beside: tuple[jax.Array, ...] = ()
-) -> tuple[jax.Array, ...]:
+def partials(p: Problem, form: Form, config: Config, workers: int, x: Inputs) -> tuple[jax.Array, ...]:
     """The kernel: [W + B, columns, rows, D] weighted values, [.., 2, rows] running maxima (base 2) and sums, and the
-    schedule's tiles, given or counted.
-
-    beside: a result of the kernel that is to be launched before this one, and of which nothing is read. That one waits
-      for all that came before it and then lets this one begin, where it leaves an SM idle.
-    """
+    schedule's tiles, given or counted."""
     depth, heads, rows, stages = p.head_dim, config.heads, form.rows, config.stages
     widths = rings(p, config)
     stored, narrow = p.kv_format.dtype, p.kv_format.dtype.itemsize == 1
@@ -161,20 +155,18 @@ def partials(
     leaves, tree = jax.tree.flatten(x)
 
     def attend(*refs, **scratch):
-        ins, (*results,) = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) + len(beside) :]
+        ins, (*results,) = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
         counted = results.pop() if x.before is None else None
-        if INTERPRET is None and not beside:
+        if INTERPRET is None:  # a kernel that lets another begin is launched in a way that does not wait by itself
             plgpu.griddepcontrol_wait()
         Worker(p, form, config, workers, ins, *results, counted=counted, **scratch).run()
-        if INTERPRET is None:
-            if beside:  # whoever waits for this kernel waits for that one
-                plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()  # the merge may start: it waits for what is still on its way
+        if INTERPRET is None:  # the merge may start: it waits for what is still on its way
+            plgpu.griddepcontrol_launch_dependents()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kernel = plgpu.kernel(
         attend, out_type=tuple(out), grid=(workers, form.columns), grid_names=("worker", "column"),
         scratch_types=scratch, compiler_params=plgpu.CompilerParams(approx_math=True), interpret=INTERPRET,
     )  # fmt: skip
-    got = kernel(*leaves, *beside)
+    got = kernel(*leaves)
     return got if x.before is None else (*got, x.before)

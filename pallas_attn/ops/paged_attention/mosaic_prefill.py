@@ -75,9 +75,6 @@ def run(p: Problem, *arrays, config: Config | None = None, few: int = 0):
     counter = [jax.new_ref(jnp.zeros(1, jnp.int32))] if dynamic else []
 
     def prefill(*refs, **scratch):
-        if few and mosaic_prefill_compute.INTERPRET is None:  # the kernel of the others may have what SMs are idle
-            plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()
         ins, rest = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
         taken, outs = (rest[0], rest[1:]) if dynamic else (None, rest)
         crew = (p, form, workers, ins, taken, outs)

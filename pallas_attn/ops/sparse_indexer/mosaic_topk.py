@@ -29,8 +29,7 @@ from pallas_attn.runtime.mosaic import SMS
 MOST_COLUMNS, MOST_K = 1 << 20, 4096
 MOST_CTAS = 8  # of a cluster, on every GPU
 CLUSTERED = 128  # SMs in groups of 16 that clusters share
-STREAM = True
-STREAMED_ROWS = 32  # from which on they are
+STREAMED_ROWS, STREAMED_COLUMNS = 32, 1 << 16  # from which on rows are streamed, and of how many columns a CTA takes
 
 
 def supports(p: Problem) -> str | None:
@@ -48,9 +47,10 @@ def form_of(p: Problem, ctas: int | None = None, stream: bool | None = None) -> 
     """The static shape of the kernel for one problem, by CTAs of a cluster: as few as hold a row, or, where rows are
     streamed, as many as there are for each."""
     most = MOST_UNITS * UNIT
-    long = p.columns > most and (p.rows >= STREAMED_ROWS or p.columns > MOST_CTAS * most)
-    if STREAM and long if stream is None else stream:
-        ctas = ctas or next((n for n in (8, 4, 2) if n * p.rows <= CLUSTERED), 1)
+    long = (p.columns > STREAMED_COLUMNS and p.rows >= STREAMED_ROWS) or p.columns > MOST_CTAS * most
+    if long if stream is None else stream:
+        fits = (n for n in (8, 4, 2) if n * p.rows <= CLUSTERED and n * STREAMED_COLUMNS <= p.columns)
+        ctas = ctas or next(fits, 1)
         return Form(p.rows, p.columns, p.k, ctas, LIST_UNITS, 1, False, clusters_of(p, ctas), streamed=True)
     if ctas is None:
         ctas = next((n for n in (1, 2, 4) if n * most >= p.columns), MOST_CTAS)
