@@ -22,7 +22,6 @@ from pallas_attn.ops.paged_attention import mosaic_config, mosaic_decode, mosaic
 from pallas_attn.ops.paged_attention.problem import Problem, prepare
 
 TABLES = Path(pallas_attn.__file__).parent / "ops" / "paged_attention" / "tables"
-DECODES = 8  # query tokens up to which a sequence of a mixed step is the decode kernel's
 _gpu = None
 
 
@@ -39,8 +38,8 @@ KERNELS = {
         mosaic_config, mosaic_decode.run, lambda c: c.op == "decode" and not c.fp8_query and "ragged" not in c.name
     ),
     "prefill": Kernel(
-        mosaic_prefill_config, lambda *args, config: mosaic_prefill.run(*args, config=config, few=DECODES),
-        lambda c: c.op == "prefill",
+        # What is fastest by itself is not where decode follows: mixed steps are left to the heuristic.
+        mosaic_prefill_config, mosaic_prefill.run, lambda c: c.op == "prefill" and "mixed" not in c.name
     ),
 }  # fmt: skip
 

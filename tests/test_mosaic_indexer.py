@@ -439,7 +439,8 @@ def test_topk_refuses():
 
 
 def test_rows_are_shared_as_they_fit():
-    form = lambda columns: mosaic_topk.form_of(topk_problem.prepare(S((9, columns), jnp.float32), 2048)[0])  # noqa: E731
+    problem = lambda columns: topk_problem.prepare(S((9, columns), jnp.float32), 2048)[0]  # noqa: E731
+    form = lambda columns: mosaic_topk.form_of(problem(columns), stream=False)  # noqa: E731
     for columns in (1, 4096, 4097, 32768, 32769, 131072, 131073, 262144, 262145, 1 << 20):
         f = form(columns)
         assert f.ctas * f.part >= columns > f.ctas * f.part - f.ctas * f.segments * mosaic_topk.UNIT
