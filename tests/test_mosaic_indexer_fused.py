@@ -199,13 +199,13 @@ def test_every_cell_lowers(cell):
 
 @pytest.mark.parametrize("early", [False, True])
 def test_a_decode_step_is_three_launches(early):
-    """Of which two, where they overlap, begin beside the one before."""
+    """Of which two, where they overlap, begin beside the one before. Each waits for what came before it."""
     case = indexing.all_cases()["indexer_b64_c131072"]
     args = jax.eval_shape(functools.partial(indexing.arguments, case))
     text = jax.jit(indexing.operation(case, "mosaic", early=early)).trace(*args).lower(lowering_platforms=("cuda",))
     text = text.as_text()
     assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 3
-    assert text.count("griddepcontrol.wait") == 2 * early
+    assert text.count("griddepcontrol.wait") == 3 * early
     assert text.count("griddepcontrol.launch_dependents") == 2 * early
 
 
