@@ -20,9 +20,11 @@ from bench import (
     sanitize,
     side,
     timing,
+    tune,
     writes,
 )
 from bench.timing import Kernel, Timing
+from pallas_attn.ops.paged_attention import mosaic_tables
 
 ROWS = [r for r in json.loads(cases.PEERS.read_text())["cases"] if r["op"] in ("decode", "prefill", "gather")]
 
@@ -228,3 +230,18 @@ def test_a_refusal_is_said(capsys):
 
 def test_what_runs_under_the_sanitizer_is_right():
     assert sanitize.run(sanitize.CELLS[3], "xla") < 1e-5
+
+
+@pytest.mark.parametrize("op", tune.KERNELS)
+def test_what_is_tuned(op):
+    """Every job is a configuration of its case, and every entry of the table is one that was timed."""
+    jobs = tune.jobs_of(op, "*")
+    assert all(tune.KERNELS[op].takes(cases.all_cases()[name]) for _, name, _ in jobs)
+    choice = tune.KERNELS[op].choice
+    timed = {}
+    for _, name, config in jobs:
+        p = tune.problem(cases.all_cases()[name])
+        timed.setdefault(json.dumps([choice.key_of(p), choice.sizes_of(p)]), set()).add(tuple(vars(config).values()))
+    for entry in mosaic_tables.entries(choice.TABLE):
+        sizes = {name: entry[name] for name in entry if name not in ("key", "config", "us")}
+        assert tuple(entry["config"]) in timed[json.dumps([entry["key"], sizes])]
