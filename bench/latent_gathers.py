@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_attn as pa
-from bench.latent_writes import FORMATS, row_bytes
-from bench.mla import CACHE_SCALE, LATENT, PAGE, ROPE
+from bench.mla import CACHE_SCALE, LATENT, PAGE, ROPE, ROWS, row_bytes
 from bench.shape import Shape
 from bench.writes import flat
 
@@ -51,7 +50,7 @@ def all_cases() -> dict[str, LatentGatherCase]:
     """Every case of latent gathers by name."""
     cases = [
         LatentGatherCase(f"gather_latent_b8_c8192_{name}{'_raw' if raw else ''}", 8, 8192, format, raw)
-        for name, format in FORMATS.items()
+        for name, format in ROWS.items()
         for raw in (False, True)
         if not (raw and format == pa.BF16)
     ]

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_attn as pa
-from bench.mla import LATENT, PAGE, ROPE
+from bench.mla import LATENT, PAGE, ROPE, ROWS, row_bytes
 from bench.shape import Shape
 from bench.writes import flat
 
 CARRY = True
-FORMATS = {"rows": pa.FP8_DS_MLA, "fp8": pa.E4M3_TENSOR, "bf16": pa.BF16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +37,12 @@ class LatentWriteCase(Shape):
         return dataclasses.replace(self, name=f"{self.name}_small", tokens=min(self.tokens, 128))
 
 
-def row_bytes(format: pa.Format) -> int:
-    """Bytes of a cached token."""
-    return 656 if format == pa.FP8_DS_MLA else (LATENT + ROPE) * format.dtype.itemsize
-
-
 @functools.cache
 def all_cases() -> dict[str, LatentWriteCase]:
     """Every case of latent writes by name."""
     cases = [
         LatentWriteCase(f"write_latent_t{tokens}_{name}", tokens, format)
-        for name, format in FORMATS.items()
+        for name, format in ROWS.items()
         for tokens in (32, 128, 8192)
     ]
     return {c.name: c for c in cases}

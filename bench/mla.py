@@ -26,6 +26,11 @@ PREFILL = (  # heads, name, sequences, context, query tokens of each
 ROWS = {"bf16": pa.BF16, "fp8": pa.E4M3_TENSOR, "rows": pa.FP8_DS_MLA}
 
 
+def row_bytes(format: pa.Format) -> int:
+    """Bytes of a cached token."""
+    return 656 if format == pa.FP8_DS_MLA else (LATENT + ROPE) * format.dtype.itemsize
+
+
 @dataclasses.dataclass(frozen=True)
 class MlaCase(Shape):
     """So many sequences of one length; their last tokens are the queries."""
@@ -55,7 +60,7 @@ class MlaCase(Shape):
     @property
     def bytes(self) -> int:
         """The fewest bytes to move: queries, rows that are attended to once, the bf16 latents."""
-        row = {"bf16": 2 * (LATENT + ROPE), "fp8": LATENT + ROPE, "rows": 656}[self.kv]
+        row = row_bytes(ROWS[self.kv])
         query = (LATENT + ROPE) * (1 if self.fp8_query else 2)
         return self.seqs * (self.topk or self.context) * row + self.tokens * self.heads * (query + 2 * LATENT)
 

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_attn.core.batch import TILE, padded
+from pallas_attn.core.batch import TILE, before_each
 from pallas_attn.core.narrow import clamped, slots32
 from pallas_attn.ops.mla import mosaic_worker
 from pallas_attn.ops.mla.mosaic_form import HALF, ROPE, Form, Listed, Segment
@@ -43,9 +43,7 @@ def keys(p: Problem, args: Args, rows: tuple) -> dict[str, Any]:
         list_ = jnp.pad(list_, ((0, 0), (0, tiles * TILE - p.topk)), constant_values=-1)
     if lengths is not None:
         lengths = jnp.clip(lengths, 0, p.topk).astype(jnp.int32)
-        before = jnp.pad(jnp.cumsum(-(-lengths // TILE)).astype(jnp.int32), (1, 0))
-        spare = padded(p.tokens) - p.tokens - 1
-        before = jnp.pad(before, (0, spare), constant_values=np.iinfo(np.int32).max)
+        before = before_each(-(-lengths // TILE))
     live = jnp.asarray(p.seqs if batch.num_seqs is None else batch.num_seqs)
     where = (None, None)
     if not p.topk_slots:

@@ -18,9 +18,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_attn.core.narrow import clamped
 from pallas_attn.ops.sparse_indexer.logits.problem import Args, Problem
 from pallas_attn.ops.sparse_indexer.mosaic_logits_crew import Computer, Form, Job, Loader
-from pallas_attn.ops.sparse_indexer.mosaic_parts import DIM, int32, key_ring, no_queries, query_scale
+from pallas_attn.ops.sparse_indexer.mosaic_parts import DIM, key_ring, no_queries, query_scale
 from pallas_attn.runtime.mosaic import ROWS, SMS, swizzled
 
 INTERPRET: Any = None  # a test sets plgpu.InterpretGPUParams() to run the kernel on a CPU
@@ -93,8 +94,8 @@ def inputs_of(p: Problem, args: Args) -> dict[str, Any]:
         "scale": args.scale.reshape(1),
         "k": k.values,  # type: ignore[union-attr]
         "k_scale": k.scale.reshape(-1),  # type: ignore[union-attr]
-        "starts": int32(args.starts, p.keys),
-        "ends": int32(args.ends, p.keys),
+        "starts": clamped(args.starts, p.keys),
+        "ends": clamped(args.ends, p.keys),
     }
 
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_attn.core.narrow import clamped
 from pallas_attn.ops.sparse_indexer.mosaic_paged_worker import FILL_TILES, Worker, most_rows
-from pallas_attn.ops.sparse_indexer.mosaic_parts import DIM, int32, key_ring, no_queries, query_scale
+from pallas_attn.ops.sparse_indexer.mosaic_parts import DIM, key_ring, no_queries, query_scale
 from pallas_attn.ops.sparse_indexer.paged_logits.problem import Args, Problem
 from pallas_attn.runtime.mosaic import SHARED, SMS, swizzled
 
@@ -91,11 +92,11 @@ def inputs_of(p: Problem, args: Args) -> dict[str, Any]:
         "scale": args.scale.reshape(1),
         "values": lax.bitcast_convert_type(bytes_.reshape(p.pages, lines // DIM, DIM), p.format.dtype),
         "scales": lax.bitcast_convert_type(bytes_.reshape(p.pages, lines // 4, 4), jnp.int32),
-        "table": int32(batch.page_table, p.pages - 1),
-        "kv_lens": int32(batch.kv_lens, p.pages_per_seq * p.page_size),
-        "starts": int32(batch.cu_q_lens, p.tokens),
-        "row_lens": None if args.row_lens is None else int32(args.row_lens, p.max_len),
-        "live": None if batch.num_seqs is None else int32(jnp.asarray(batch.num_seqs), p.seqs).reshape(1),
+        "table": clamped(batch.page_table, p.pages - 1),
+        "kv_lens": clamped(batch.kv_lens, p.pages_per_seq * p.page_size),
+        "starts": clamped(batch.cu_q_lens, p.tokens),
+        "row_lens": None if args.row_lens is None else clamped(args.row_lens, p.max_len),
+        "live": None if batch.num_seqs is None else clamped(jnp.asarray(batch.num_seqs), p.seqs).reshape(1),
     }
 
 

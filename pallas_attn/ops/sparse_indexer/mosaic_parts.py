@@ -31,11 +31,6 @@ def query_scale(q: Quantized) -> jax.Array:
     return scale.reshape(scale.shape[:2] if scale.ndim == 3 else scale.shape or (1,))
 
 
-def int32(x, most: int) -> jax.Array:
-    """What the kernel clamps; wider numbers, and unsigned ones, are clamped first, for nothing may wrap into range."""
-    return x if x.dtype == jnp.int32 else jnp.clip(x, 0, most).astype(jnp.int32)
-
-
 def factors(weights, q_scale, scale):
     """[H]: a token's weights times the scales of its queries, one or [H], and the logits' factor: `terms.fold`."""
     load = lambda ref: plgpu.load(ref, layout=OVER_COLUMNS, optimized=False)  # noqa: E731

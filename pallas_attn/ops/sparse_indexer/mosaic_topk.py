@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_attn.ops.sparse_indexer.mosaic_parts import int32
+from pallas_attn.core.narrow import clamped
 from pallas_attn.ops.sparse_indexer.mosaic_topk_lanes import MOST_UNITS, UNIT, WARPGROUPS, WARPS, Form, Lanes
 from pallas_attn.ops.sparse_indexer.mosaic_topk_list import CAPACITY, LIST_UNITS, PIECE, RING, Listed
 from pallas_attn.ops.sparse_indexer.mosaic_topk_search import Row
@@ -90,8 +90,8 @@ def inputs_of(form: Form, args: Args) -> dict[str, Any]:
     logits = args.logits
     return {
         "logits": logits.reshape(form.rows, -1, 256) if form.staged else logits,
-        "starts": None if args.starts is None else int32(args.starts, form.columns),
-        "ends": None if args.ends is None else int32(args.ends, form.columns),
+        "starts": None if args.starts is None else clamped(args.starts, form.columns),
+        "ends": None if args.ends is None else clamped(args.ends, form.columns),
     }
 
 
