@@ -23,6 +23,15 @@ def grouped(p: Problem) -> bool:
     return p.out_format is not None and p.out_format.granularity == "group"
 
 
+def groups(p: Problem, columns: int) -> int:
+    """Groups of a row's columns whose scales are found here."""
+    if not grouped(p):
+        return 0
+    assert p.out_format is not None
+    assert p.out_format.group is not None
+    return columns // p.out_format.group
+
+
 def filled(p: Problem) -> int:
     """Tokens that have scales: all, and those that fill up the last row of the format."""
     return p.tokens if p.out_format is None else p.tokens + -p.tokens % p.out_format.rows
@@ -60,11 +69,10 @@ def result_arrays(p: Problem, form: Form) -> list[jax.ShapeDtypeStruct]:
     arrays = [jax.ShapeDtypeStruct((p.tokens * form.heads, LATENT), p.out_dtype)]
     if grouped(p):
         assert p.out_format is not None
-        assert p.out_format.group is not None
-        groups = LATENT // p.out_format.group
+        count = groups(p, LATENT)
+        words = count // WORD if packed(p) else count
         by_row = p.out_format.order == "row"
-        words = groups // WORD if packed(p) else groups
-        arrays.append(scale_array(p, (p.tokens, form.heads, groups) if by_row else (form.heads, words, filled(p))))
+        arrays.append(scale_array(p, (p.tokens, form.heads, count) if by_row else (form.heads, words, filled(p))))
     return arrays
 
 
@@ -97,12 +105,13 @@ def rounded(x, format: Format | None, dtype, scale, layout, interpret):
 def quantised(x, format: Format, layout, interpret) -> tuple[Any, Any]:
     """(codes, scales [rows]) of one group: x [rows, group] in registers that keep a row inside of a warp."""
     of_rows = layout.reduce(1)
-    over = lambda a, b: divide(a, b, of_rows, interpret is not None)  # noqa: E731
+    over = lambda a, b: divide(a, b, of_rows, interpret is not None, midrange=True)  # noqa: E731
     amax = jnp.max(jnp.abs(x), axis=1)
     full = lambda v: plgpu.layout_cast(jnp.full(amax.shape, v, jnp.float32), of_rows)  # noqa: E731
     scale = scale_of(amax, format, lambda a, b: over(a, full(b)))
     factor = over(full(1.0), scale)
-    return to_codes(x * lax.broadcast_in_dim(factor, x.shape, [0]), format), scale
+    # No clamp: what has this scale rounds to no more than the largest code.
+    return (x * lax.broadcast_in_dim(factor, x.shape, [0])).astype(format.dtype), scale
 
 
 def finish(p: Problem, x, out_scale, layout, interpret) -> tuple[Any, list]:

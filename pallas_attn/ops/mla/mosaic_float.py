@@ -24,11 +24,11 @@ from pallas_attn.runtime.mosaic import ACC, ROWS, Layout, swizzled
 def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
     """Shared memory and barriers of a CTA."""
     dtype = p.kv_format.dtype
-    return state(form) | ring(p, swizzled(dtype, ROPE)) | {
-        # Results leave through the memory of the query that they answer.
-        "memory": plgpu.RefUnion(
-            plgpu.SMEM((ROWS, LATENT), dtype, transforms=swizzled(dtype, LATENT)), *stages(p, PART)
-        ),
+    tiles = ring(p, swizzled(dtype, ROPE))
+    return state(p, form) | tiles | {
+        "q_latent": plgpu.SMEM((ROWS, LATENT), dtype, transforms=swizzled(dtype, LATENT)),
+        # Results leave through the second place of their half.
+        "halves": [], "memory": plgpu.RefUnion(tiles["halves"], *stages(p, PART, (2, 2))),
     }  # fmt: skip
 
 
@@ -36,19 +36,28 @@ def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
 class Worker(mosaic_paged.Worker):
     """The body of the kernel."""
 
+    q_latent: Any
+
+    def __post_init__(self) -> None:
+        self.halves, *results = self.memory
+        self.memory = [x.at[:, 1] for x in results]
+
     # The warpgroup of the queries
 
-    def load_query(self, s: Segment):
+    def ask_query(self, s: Segment) -> None:
+        """Ask for the query."""
+        self.fetch_query(s, self.q_latent, self.q_rope)
+
+    def take_query(self, s: Segment):
         """The first half of the query in registers."""
-        self.fetch_query(s, self.memory[0], self.q_rope)
-        return self.in_registers(self.memory[0].at[:, pl.ds(0, HALF)], Layout.WGMMA)
+        return self.in_registers(self.q_latent.at[:, pl.ds(0, HALF)], Layout.WGMMA)
 
     def logits(self, s: Segment, query, t):
         """S [64, TILE] to base 2."""
         slot = lax.rem(t, jnp.int32(2))
 
         def multiply(acc):
-            for half, q in enumerate((query, self.memory[0].at[:, pl.ds(HALF, HALF)])):
+            for half, q in enumerate((query, self.q_latent.at[:, pl.ds(HALF, HALF)])):
                 plgpu.barrier_wait(self.halves_ready.at[2 * half + slot])
                 plgpu.wgmma(acc, q, self.halves.at[half, slot].transpose((1, 0)))
             plgpu.barrier_wait(self.ropes_ready.at[slot])
@@ -68,8 +77,14 @@ class Worker(mosaic_paged.Worker):
 
     # The warpgroups of the values
 
+    def prime_values(self, s: Segment) -> None:
+        """Ask for the first halves; where the second one goes, results of the sequence before may be."""
+        pl.when(s.count > 0)(lambda: self.fetch_half(s, jnp.int32(0)))
+        pl.when((s.count > 1) & (s.b == self.own(0)))(lambda: self.fetch_half(s, jnp.int32(1)))
+
     def begin_values(self, s: Segment):
-        """The result so far."""
+        """The result so far, and the second tile asked for."""
+        pl.when((s.count > 1) & (s.b != self.own(0)))(lambda: self.fetch_half(s, jnp.int32(1)))
         return self.zeros(HALF)
 
     def add_values(self, s: Segment, t, acc):

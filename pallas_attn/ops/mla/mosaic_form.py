@@ -118,31 +118,45 @@ def owner(x: Listed, token):
 
 
 class Sequence(NamedTuple):
-    """One sequence of the step, every number kept inside the step and the page table."""
+    """One sequence of the step, every number kept inside the step and the page table. What its number alone tells is
+    None until it is `completed`."""
 
     kv_len: Any
-    start: Any  # first query token
-    q_len: Any
+    start: Any = None  # first query token
+    q_len: Any = None
+    begin: Any = None  # its first tile of the list
+    end: Any = None  # and the one past its last
+    pages: Any = None  # its row of the page table
     owner: Any = None  # of a token with listed keys: its sequence, and the cached tokens of that
     context: Any = None
 
     @classmethod
     def read(cls, p: Problem, form: Form, x: Inputs, b) -> "Sequence":
         """Sequence b; padding has no query tokens, or no keys."""
+        tiles = (None, None) if x.before is None else (x.before[b], x.before[b + 1])
         if x.listed is not None:
             seq, real = owner(x.listed, b)
             room = p.pages_per_seq * p.page_size
             context = None if x.listed.kv_lens is None else jnp.clip(x.listed.kv_lens[seq], 0, room)
             keys = p.keys if x.kv_lens is None else jnp.clip(x.kv_lens[b], 0, p.keys)
-            return cls(jnp.where(real, keys, 0), b, jnp.int32(1), seq, context)
+            return cls(jnp.where(real, keys, 0), None, None, *tiles, None, seq, context)
         start = jnp.clip(x.cu_q_lens[b], 0, p.tokens)
         end = jnp.clip(x.cu_q_lens[b + 1], 0, p.tokens)
         q_len = jnp.where(b < x.live[0], jnp.clip(end - start, 0, form.tokens), 0)
-        return cls(jnp.clip(x.kv_lens[b], 0, p.keys), start, q_len)
+        pages = None if x.owners is None else x.owners[b]
+        return cls(jnp.clip(x.kv_lens[b], 0, p.keys), start, q_len, *tiles, pages)
 
-    def tiles(self, counted):
-        """Its tiles: a schedule may count more of them than there are."""
-        return jnp.minimum(counted, lax.div(self.kv_len + (TILE - 1), jnp.int32(TILE)))
+    def completed(self, form: Form, b) -> "Sequence":
+        """Sequence b with all its numbers."""
+        known = b, jnp.int32(1), jnp.int32(b * form.tiles), jnp.int32((b + 1) * form.tiles), b
+        return Sequence(
+            self.kv_len, *(y if x is None else x for x, y in zip(self[1:6], known, strict=True)), *self[6:]
+        )
+
+    @property
+    def tiles(self):
+        """How many it has: a schedule may count more of them than there are."""
+        return jnp.minimum(self.end - self.begin, lax.div(self.kv_len + (TILE - 1), jnp.int32(TILE)))
 
 
 class Segment(NamedTuple):
@@ -150,7 +164,6 @@ class Segment(NamedTuple):
 
     b: Any
     seq: Sequence
-    pages: Any  # its row of the page table
     worker: Any
     tile0: Any  # its first tile of the sequence
     count: Any  # tiles; none where the sequence has no such rows
@@ -197,28 +210,27 @@ def find(x: Inputs, form: Form, first, last):
     return (votes & (2**16 - 1)) - 1, lax.shift_right_logical(votes, jnp.int32(16)) - 1
 
 
-def segment(p: Problem, form: Form, x: Inputs, b, worker, column, start, end) -> Segment:
+def segment(p: Problem, form: Form, seq: Sequence, b, worker, column, start, end) -> Segment:
     """What a worker that has the tiles `start` to `end` of the list reads of sequence b."""
-    seq, begin, following = Sequence.read(p, form, x, b), begins(x, form, b), begins(x, form, b + 1)
-    tile0 = jnp.maximum(start - begin, 0)
+    seq = seq.completed(form, b)
+    tile0 = jnp.maximum(start - seq.begin, 0)
     rows = jnp.clip(seq.q_len * form.heads - column * ROWS, 0, ROWS)
     if p.topk:  # counted exactly; said otherwise, the same is too much for the registers of `mosaic_sparse_rows`
-        tiles, rows = following - begin, jnp.where(seq.kv_len > 0, rows, 0)
-        last = jnp.minimum(end, following) - begin
+        tiles, rows = seq.end - seq.begin, jnp.where(seq.kv_len > 0, rows, 0)
+        last = jnp.minimum(end, seq.end) - seq.begin
     else:
-        tiles = seq.tiles(following - begin)
-        last = jnp.maximum(jnp.minimum(end - begin, tiles), tile0)
+        tiles = seq.tiles
+        last = jnp.maximum(jnp.minimum(end - seq.begin, tiles), tile0)
     count = jnp.where(rows > 0, last - tile0, 0)
     whole = (tile0 == 0) & (last == tiles)
-    pages = b if x.owners is None else x.owners[b]
-    return Segment(b, seq, pages, worker, tile0, count, whole, seq.start * form.heads + column * ROWS, rows)
+    return Segment(b, seq, worker, tile0, count, whole, seq.start * form.heads + column * ROWS, rows)
 
 
 def page_of(p: Problem, x: Inputs, s: Segment, tile, part: int):
     """Page of a part of a tile, kept inside the table and the cache; the last real page past the end."""
     column = lax.div(tile * TILE, jnp.int32(p.page_size)) + part
     column = jnp.minimum(column, lax.div(jnp.maximum(s.seq.kv_len - 1, 0), jnp.int32(p.page_size)))
-    return jnp.clip(x.page_table[s.pages, column], 0, p.pages - 1)
+    return jnp.clip(x.page_table[s.seq.pages, column], 0, p.pages - 1)
 
 
 def inside(p: Problem, tile):

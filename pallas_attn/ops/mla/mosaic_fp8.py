@@ -17,6 +17,7 @@ from pallas_attn.core.batch import TILE
 from pallas_attn.ops.mla import mosaic_paged
 from pallas_attn.ops.mla.mosaic_form import HALF, Form, Segment
 from pallas_attn.ops.mla.mosaic_paged import ring
+from pallas_attn.ops.mla.mosaic_widen import widen
 from pallas_attn.ops.mla.mosaic_worker import PART, add_product, spread, state
 from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import ACC, OVER_ROWS, ROWS, Layout, swizzled
@@ -38,7 +39,7 @@ def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
     out = [(d, 4 // d.itemsize) for d in (jnp.dtype(jnp.float32), jnp.dtype(p.out_dtype))]
     results = [plgpu.SMEM((2, UNITS, n, ROWS, PIECE), d, transforms=swizzled(d, PIECE)) for d, n in out]
     return (
-        state(form)
+        state(p, form)
         | ring(p, narrow, STAGES)
         | {
             "q_ready": plgpu.Barrier(num_arrivals=3 * (ROWS // form.chunk)),
@@ -64,9 +65,12 @@ class Worker(mosaic_paged.Worker):
 
     # The warpgroup of the queries
 
-    def load_query(self, s: Segment):
-        """(pieces of the query in registers, what turns sums of codes into logits for either part)."""
+    def ask_query(self, s: Segment) -> None:
+        """Ask for the query."""
         self.fetch_halves(s, self.query, self.q_rope)
+
+    def take_query(self, s: Segment):
+        """(pieces of the query in registers, what turns sums of codes into logits for either part)."""
         pieces = [self.query.at[half, :, pl.ds(at, PIECE)] for half in range(2) for at in range(0, HALF, PIECE)]
         factors = [self.factor(s, scale) for scale in self.x.q_scales]
         pieces = [self.in_registers(x, Layout.WGMMA_8BIT) for x in pieces]
@@ -116,22 +120,23 @@ class Worker(mosaic_paged.Worker):
 
     def begin_values(self, s: Segment):
         """Accumulators of two units, and the first tile widened."""
-        for i in range(2):
-            self.widen(s, jnp.int32(0), i)
+        self.widen(jnp.int32(0))
         return self.zeros(PART), self.zeros(PART)
 
     def unit(self, t, i):
         """Where the i-th unit of tile t is widened to."""
         return self.wide.at[self.role, lax.rem(2 * t + i, jnp.int32(UNITS))]
 
-    def widen(self, s: Segment, t, i: int) -> None:
-        """The i-th unit of a tile in f16; its first one has the tile waited for."""
+    def widen(self, t) -> None:
+        """A tile in f16, once it is there."""
         slot = lax.rem(t, jnp.int32(STAGES))
-        if i == 0:
-            plgpu.barrier_wait(self.halves_ready.at[STAGES * self.role + slot])
-        for at in range(0, PART, PIECE):
-            source = self.halves.at[self.role, slot, :, pl.ds(i * PART + at, PIECE)]
-            self.unit(t, i)[:, pl.ds(at, PIECE)] = plgpu.load(source, layout=Layout.WGMMA_UPCAST_2X).astype(WIDE)
+        plgpu.barrier_wait(self.halves_ready.at[STAGES * self.role + slot])
+        tile, units = self.halves.at[self.role, slot], [self.unit(t, i) for i in range(2)]
+        if self.interpret is None:
+            widen(tile, units, self.halves.dtype, WIDE)
+        else:
+            for i, unit in enumerate(units):
+                unit[...] = tile[:, pl.ds(i * PART, PART)].astype(WIDE)
         plgpu.commit_smem()
 
     def ready_values(self, s: Segment, t) -> None:
@@ -165,7 +170,6 @@ class Worker(mosaic_paged.Worker):
         def multiply(accs) -> None:
             for i, a in enumerate(accs):
                 plgpu.wgmma(a, self.weights_at(t), self.unit(t, i))
-            for i in range(2):
-                pl.when(t + 1 < s.count)(lambda i=i: self.widen(s, t + 1, i))
+            pl.when(t + 1 < s.count)(lambda: self.widen(t + 1))
 
         return add_product(acc, multiply, self.interpret)

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.ops.mla.mosaic_finish import filled, finish, grouped, leave_rows, leave_scales
-from pallas_attn.ops.mla.mosaic_form import LATENT, Form, Inputs, Sequence, begins, share
+from pallas_attn.ops.mla.mosaic_form import LATENT, Form, Inputs, Sequence, share
 from pallas_attn.ops.mla.mosaic_worker import FAR, PART
 from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import LOG2E, ROWS, SMS, row_layout
@@ -76,15 +76,13 @@ class Merge:
         p, form = self.p, self.form
         self.b, self.number, self.band = (lax.axis_index(name) for name in ("seq", "tile", "band"))
         b = self.b
-        seq = Sequence.read(p, form, self.x, b)
+        seq = Sequence.read(p, form, self.x, b).completed(form, b)
         first = self.number * self.tall  # of the sequence's rows
         self.row, self.real = seq.start * form.heads + first, jnp.clip(seq.q_len * form.heads - first, 0, self.tall)
         self.column, self.at = lax.div(first, jnp.int32(ROWS)), lax.rem(first, jnp.int32(ROWS))
         _, each = share(self.x, form)
-        begin, following = begins(self.x, form, b), begins(self.x, form, b + 1)
-        count = seq.tiles(following - begin)
-        self.low = lax.div(begin, each)
-        self.parts = jnp.where(count > 0, lax.div(begin + count - 1, each) - self.low + 1, 0)
+        self.low = lax.div(seq.begin, each)
+        self.parts = jnp.where(seq.tiles > 0, lax.div(seq.begin + seq.tiles - 1, each) - self.low + 1, 0)
         if self.interpret is None:  # launched before the workers have ended: nothing of theirs is read sooner
             plgpu.griddepcontrol_wait()
             if followed:

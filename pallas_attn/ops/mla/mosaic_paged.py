@@ -74,4 +74,3 @@ class Worker(mosaic_worker.Worker):
             row = pl.multiple_of(jnp.minimum(s.row + at, last), chunk)
             for source, to in ((self.x.q_latent, latent), (self.x.q_rope, rope)):
                 plgpu.copy_gmem_to_smem(source.at[pl.ds(row, chunk)], to.at[pl.ds(at, chunk)], self.q_ready)
-        plgpu.barrier_wait(self.q_ready)

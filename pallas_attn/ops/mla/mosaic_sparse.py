@@ -68,7 +68,7 @@ def memory(p: Problem, form: Form, interpret, wide, landing: list) -> dict[str, 
     """
     half, rope, raw = swizzled(wide, HALF), swizzled(wide, ROPE), p.q_format.dtype
     places = landing[0].shape[0]
-    return state(form) | {
+    return state(p, form) | {
         "memory": plgpu.RefUnion(
             plgpu.SMEM((2, 2, TILE, HALF), wide, transforms=half),
             plgpu.SMEM((2, 2, ROWS, HALF), raw, transforms=swizzled(raw, HALF)), *stages(p, PART),
@@ -89,6 +89,7 @@ def memory(p: Problem, form: Form, interpret, wide, landing: list) -> dict[str, 
         ],
         "q_taken": plgpu.Barrier(),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        "left": plgpu.Barrier(num_arrivals=2),
     }  # fmt: skip
 
 
@@ -104,6 +105,7 @@ class Worker(mosaic_worker.Worker):
     landed: Any
     q_taken: Any
     full: Any
+    left: Any
 
     bands: ClassVar[int]  # of a warpgroup's rows of a tile, that are copied and read one after the other
     places: ClassVar[int]  # where they land, by turns
@@ -125,10 +127,17 @@ class Worker(mosaic_worker.Worker):
     def prime_scores(self, s: Segment) -> None:
         """Nothing: the others gather whole rows."""
 
-    def load_query(self, s: Segment):
+    def raw_query(self) -> tuple:
+        """Where the query comes in: where the second tile will be."""
+        return self.memory[1].at[1], self.ropes[1].at[1]
+
+    def ask_query(self, s: Segment) -> None:
+        """Ask for the query."""
+        self.fetch_halves(s, *self.raw_query())
+
+    def take_query(self, s: Segment):
         """The query's latent in halves, and its rotary part, in f16."""
-        raw, raw_rope = self.memory[1].at[1], self.ropes[1].at[1]  # where the second tile will be
-        self.fetch_halves(s, raw, raw_rope)
+        raw, raw_rope = self.raw_query()
         first, second, rope = (
             self.widened(plgpu.load(x, layout=Layout.WGMMA)) for x in (raw.at[0], raw.at[1], raw_rope)
         )
@@ -318,7 +327,8 @@ class Worker(mosaic_worker.Worker):
         """No phase of a barrier is passed over, and the other warpgroup is done with the weights."""
         self.wait_free(s.count - 1)
 
-    def weigh(self, s: Segment, following) -> None:
+    def weigh(self, i, s: Segment, following) -> None:
         """What either writes for the next segment, the other's results may be in."""
-        super().weigh(s, following)
+        super().weigh(i, s, following)
+        plgpu.barrier_arrive(self.left)
         plgpu.barrier_wait(self.left)

@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.batch import TILE
-from pallas_attn.ops.mla.mosaic_finish import finish, leave_rows, leave_scales
-from pallas_attn.ops.mla.mosaic_form import HALF, Form, Inputs, Segment, find, segment, share
+from pallas_attn.ops.mla.mosaic_finish import finish, groups, leave_rows, leave_scales
+from pallas_attn.ops.mla.mosaic_form import HALF, Form, Inputs, Segment, Sequence, find, segment, share
 from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import ACC, LOG2E, OVER_ROWS, ROWS, Layout, swizzled
 from pallas_attn.runtime.mosaic_softmax import added, lifted, rescaled, summed
@@ -30,24 +30,26 @@ FAR = -1e30  # stands for -inf in the running maximum: -inf less -inf is NaN
 PART = 128  # value columns that are finished together
 
 
-def state(form: Form) -> dict[str, Any]:
+def state(p: Problem, form: Form) -> dict[str, Any]:
     """What the warpgroups tell each other, in shared memory."""
     return {
         "alpha": plgpu.SMEM((2, ROWS), jnp.float32),
-        "row_tile": plgpu.SMEM((2, ROWS), jnp.float32),  # what a row is multiplied by in the end, and its LSE
-        "scale_tile": plgpu.SMEM((2, 2, ROWS), jnp.float32),  # of two groups, for each half
+        # What a row is multiplied by in the end, its LSE, and the cache's scale.
+        "row_tile": plgpu.SMEM((3, ROWS), jnp.float32),
+        "scale_tile": plgpu.SMEM((2, groups(p, HALF) or 1, ROWS), jnp.float32),
+        "known": plgpu.SMEM((3, 3, 8), jnp.int32),  # by each warpgroup: of two sequences, and of its own share
         "q_ready": plgpu.Barrier(num_arrivals=2 * (ROWS // form.chunk)),
         "alpha_ready": plgpu.Barrier(num_barriers=2),
         "p_ready": plgpu.Barrier(num_barriers=2),
         "p_free": plgpu.Barrier(num_arrivals=2, num_barriers=2),
         "ended": plgpu.Barrier(),
-        "left": plgpu.Barrier(num_arrivals=2),
+        "taken": plgpu.Barrier(num_arrivals=2),
     }
 
 
-def stages(p: Problem, columns: int) -> list:
+def stages(p: Problem, columns: int, places: tuple[int, ...] = (2,)) -> list:
     """Where results of each half pass on their way out, as many bytes for each type: partial ones, then final ones."""
-    shape = lambda d: (2, 4 // d.itemsize, ROWS, columns)  # noqa: E731
+    shape = lambda d: (*places, 4 // d.itemsize, ROWS, columns)  # noqa: E731
     types = (jnp.dtype(jnp.float32), jnp.dtype(p.out_dtype))
     return [plgpu.SMEM(shape(d), d, transforms=swizzled(d, columns)) for d in types]
 
@@ -86,12 +88,13 @@ class Worker:
     alpha: Any
     row_tile: Any
     scale_tile: Any
+    known: Any
     q_ready: Any
     alpha_ready: Any
     p_ready: Any
     p_free: Any
     ended: Any
-    left: Any
+    taken: Any
     memory: Any  # a union with the stages of results: partial ones and final ones come last
 
     @property
@@ -104,34 +107,65 @@ class Worker:
         form, x = self.form, self.x
         self.worker, self.column = lax.axis_index("worker"), lax.axis_index("column")
         self.role = lax.axis_index("role")
-        self.scale = x.scale[0] * x.cache_scale[0] * jnp.float32(LOG2E)
+        cache_scale = x.cache_scale[0]
+        self.scale = x.scale[0] * cache_scale * jnp.float32(LOG2E)
         total, each = share(x, form)
-        self.start = jnp.minimum(self.worker * each, total)
-        self.end = jnp.minimum(self.start + each, total)
-        self.first, last = find(x, form, self.start, self.end - 1)
-        self.touched = jnp.where(self.end > self.start, last - self.first + 1, 0)
+        start = jnp.minimum(self.worker * each, total)
+        end = jnp.minimum(start + each, total)
+        first, last = find(x, form, start, end - 1)
+        own = first, start, end, jnp.where(end > start, last - first + 1, 0)
+        self.row_tile[2, 0] = cache_scale
+        if x.before is None:  # the same for all of a warp, which has registers of its own for such numbers
+            self.own = lambda n: own[n]
+        else:
+            self.remember(2, own)
+            self.own = lambda n: self.known[self.role, 2, n]
         pl.when(self.role < 2)(lambda: self.walk(self.prime_values, self.weigh))
         pl.when(self.role == 2)(lambda: self.walk(self.prime_scores, self.score))
 
+    def remember(self, place, numbers) -> None:
+        """Numbers to a place in shared memory."""
+        for n, number in enumerate(numbers):
+            self.known[self.role, place, n] = number
+        plgpu.commit_smem()
+
+    def look(self, i) -> None:
+        """Find out about the worker's i-th sequence. Global memory is far away where a sequence ends and the next one
+        begins, and what all three warpgroups leave in local memory is not found in the L1 any more: so numbers wait
+        in shared memory, and are read again after a loop over tiles."""
+        b = jnp.clip(self.own(0) + i, 0, self.form.seqs - 1)
+        numbers, self.shape = jax.tree.flatten(Sequence.read(self.p, self.form, self.x, b))
+        self.remember(lax.rem(i, jnp.int32(2)), numbers)
+
     def segment(self, i) -> Segment:
-        """The worker's i-th sequence."""
-        return segment(self.p, self.form, self.x, self.first + i, self.worker, self.column, self.start, self.end)
+        """The worker's i-th sequence, which it has looked at."""
+        place = lax.rem(i, jnp.int32(2))
+        numbers = [self.known[self.role, place, n] for n in range(self.shape.num_leaves)]
+        seq = jax.tree.unflatten(self.shape, numbers)
+        first, start, end = map(self.own, range(3))
+        return segment(self.p, self.form, seq, first + i, self.worker, self.column, start, end)
 
     def walk(self, prime, body) -> None:
-        """One sequence after the other. `prime(s)` asks for its first tiles; `body(s, following)` calls `following`
-        when there is room for the next one's."""
+        """One sequence after the other. `prime(s)` asks for its first tiles; `body(i, s, following)` looks at the next
+        one, and calls `following` when there is room for its first tiles."""
+        touched = self.own(3)
 
         def prepare(i) -> None:
-            pl.when(i < self.touched)(lambda: prime(self.segment(i)))
+            pl.when(i < touched)(lambda: prime(self.segment(i)))
+
+        def none(i) -> None:
+            self.look(i + 1)
+            prepare(i + 1)
 
         def one(i, carry):
             s = self.segment(i)
-            pl.when(s.count > 0)(lambda: body(s, lambda: prepare(i + 1)))
-            pl.when(s.count == 0)(lambda: prepare(i + 1))
+            pl.when(s.count > 0)(lambda: body(i, s, lambda: prepare(i + 1)))
+            pl.when(s.count == 0)(lambda: none(i))
             return carry
 
+        self.look(jnp.int32(0))
         prepare(jnp.int32(0))
-        lax.fori_loop(0, self.touched, one, jnp.int32(0))
+        lax.fori_loop(0, touched, one, jnp.int32(0))
 
     # The warpgroup of the queries
 
@@ -149,14 +183,17 @@ class Worker:
                 source = self.x.q_latent.at[rows, pl.ds(half * HALF, HALF)]
                 plgpu.copy_gmem_to_smem(source, latent.at[half, to], self.q_ready)
             plgpu.copy_gmem_to_smem(self.x.q_rope.at[rows], rope.at[to], self.q_ready)
-        plgpu.barrier_wait(self.q_ready)
 
     def prime_scores(self, s: Segment) -> None:
         """Ask for the first tiles of a segment, as far as this warpgroup does."""
         raise NotImplementedError
 
-    def load_query(self, s: Segment) -> Any:
-        """What `logits` wants of the block's query."""
+    def ask_query(self, s: Segment) -> None:
+        """Ask for the block's query."""
+        raise NotImplementedError
+
+    def take_query(self, s: Segment) -> Any:
+        """What `logits` wants of it, once it is there."""
         raise NotImplementedError
 
     def logits(self, s: Segment, query, t) -> Any:
@@ -176,9 +213,12 @@ class Worker:
     def after_scores(self, s: Segment) -> None:
         """What is left to do once the last tile's weights are there."""
 
-    def score(self, s: Segment, following) -> None:
+    def score(self, i, s: Segment, following) -> None:
         """Weights of all the segment's tiles, then the rows' sums."""
-        query = self.load_query(s)
+        self.ask_query(s)
+        self.look(i + 1)
+        plgpu.barrier_wait(self.q_ready)
+        query = self.take_query(s)
         plain = self.unmasked(s)
         zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), OVER_ROWS)
         state = (zero + FAR, zero)
@@ -192,15 +232,16 @@ class Worker:
             top, total = loop(plain, s.count, loop(0, plain, state, masked=False), masked=True)
         total = summed(total, self.plain)
         some = jnp.where(total > 0, total, 1.0)
-        self.row_tile[0] = jnp.where(total > 0, 1.0 / some, 0.0)
+        self.row_tile[0] = jnp.where(total > 0, 1.0 / some, 0.0) * self.row_tile[2, 0]
         self.row_tile[1] = jnp.where(total > 0, top + jnp.log2(some), FAR)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.ended)
+        s = self.segment(i)
         plgpu.copy_smem_to_gmem(self.row_tile.at[1], self.stats.at[s.slot, self.column])
         self.after_scores(s)
         plgpu.barrier_wait(self.p_free.at[lax.rem(s.count - 1, jnp.int32(2))])
         following()
-        plgpu.barrier_wait(self.left)
+        plgpu.barrier_wait(self.taken)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def score_tile(self, s: Segment, query, t, state, masked: bool) -> tuple:
@@ -277,19 +318,21 @@ class Worker:
     def after_values(self, s: Segment) -> None:
         """What is left to do once the last tile's products are done."""
 
-    def weigh(self, s: Segment, following) -> None:
+    def weigh(self, i, s: Segment, following) -> None:
         """The segment's half of the value columns."""
+        self.look(i + 1)
         acc = lax.fori_loop(0, s.count, lambda t, c: self.weigh_tile(s, t, c), self.begin_values(s))
         self.after_values(s)
         following()
         plgpu.barrier_wait(self.ended)
-        factor = plgpu.load(self.row_tile.at[0], layout=OVER_ROWS, optimized=False) * self.x.cache_scale[0]
+        factor = plgpu.load(self.row_tile.at[0], layout=OVER_ROWS, optimized=False)
+        plgpu.barrier_arrive(self.taken)
         parts = [a[:, at : at + PART] for a in jax.tree.leaves(acc) for at in range(0, a.shape[1], PART)]
         parts = [a * spread(factor, PART) for a in parts]
+        s = self.segment(i)
         pl.when(s.whole)(lambda: self.leave_result(s, parts))
         pl.when(~s.whole)(lambda: self.leave_partial(s, parts))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(self.left)
 
     def weigh_tile(self, s: Segment, t, acc):
         """One tile."""
@@ -312,40 +355,42 @@ class Worker:
 
     def leave_result(self, s: Segment, parts: list) -> None:
         """The final values of the half, and their scales."""
-        for i, part in enumerate(parts):
-            values, scales = finish(self.p, part, self.x.out_scale[0], Layout.WGMMA, self.interpret)
-            self.leave(values, i, self.memory[-1], lambda tile, columns: leave_rows(
-                tile, self.out, s.row, s.rows, self.form.chunk, columns
-            ))  # fmt: skip
-            for j, scale in enumerate(scales):
-                group = (self.role * len(parts) + i) * len(scales) + j
-                self.leave_group(s, scale, group)
+        scales = []
 
-    def leave_group(self, s: Segment, scale, group) -> None:
-        """The scales of one group of columns."""
-        tile = self.scale_tile.at[self.role, 0]
-        plgpu.commit_smem()  # every warp is done with the last ones
-        tile[...] = scale
+        def values():
+            for part in parts:
+                rounded, own = finish(self.p, part, self.x.out_scale[0], Layout.WGMMA, self.interpret)
+                scales.extend(own)
+                yield rounded
+
+        self.leave(values(), self.memory[-1], lambda tile, columns: leave_rows(
+            tile, self.out, s.row, s.rows, self.form.chunk, columns
+        ))  # fmt: skip
+        for i, scale in enumerate(scales):  # every warp is done with the last ones
+            self.scale_tile[self.role, i] = scale
         plgpu.commit_smem()
-        leave_scales(self.p, self.form, tile, self.scales, s.row, s.rows, self.form.chunk, group)
+        for i in range(len(scales)):
+            tile, group = self.scale_tile.at[self.role, i], self.role * len(scales) + i
+            leave_scales(self.p, self.form, tile, self.scales, s.row, s.rows, self.form.chunk, group)
 
     def leave_partial(self, s: Segment, parts: list) -> None:
         """The half's share of the result in float32."""
         to = self.partial.at[s.partial_slot, self.column]
-        for i, part in enumerate(parts):
-            self.leave(part, i, self.memory[-2], lambda tile, columns: leave_rows(
-                tile, to, jnp.int32(0), s.rows, self.form.chunk, columns
-            ))  # fmt: skip
+        self.leave(parts, self.memory[-2], lambda tile, columns: leave_rows(
+            tile, to, jnp.int32(0), s.rows, self.form.chunk, columns
+        ))  # fmt: skip
 
-    def leave(self, x, i: int, stage, copy) -> None:
-        """Send the i-th part of the half [64, PART] through shared memory, as many columns at once as fit."""
+    def leave(self, parts, stage, copy) -> None:
+        """Send the half [64, PART] by [64, PART] through shared memory, as many columns at once as fit."""
         places, width = stage.shape[1], stage.shape[-1]
-        for at in range(0, PART, width):
-            number = (i * PART + at) // width
-            if number >= places:
+        pieces = (part[:, at : at + width] for part in parts for at in range(0, PART, width))
+        for first in range(0, HALF // width, places):
+            if first:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()  # what was there has left, for every warp
-            tile = stage.at[self.role, number % places]
-            tile[...] = x[:, at : at + width]
+            some = [(first + i, stage.at[self.role, i]) for i in range(min(places, HALF // width - first))]
+            for _, tile in some:
+                tile[...] = next(pieces)
             plgpu.commit_smem()
-            copy(tile, pl.ds(self.role * HALF + i * PART + at, width))
+            for number, tile in some:
+                copy(tile, pl.ds(self.role * HALF + number * width, width))

@@ -268,8 +268,13 @@ class Computer(Crew):
 
         def stretch(n, carry):
             at = (turn + n * turns) * STRETCH
-            clear(self.out, token, at, jnp.minimum(at + STRETCH, left))
-            clear(self.out, token, jnp.maximum(at, right), jnp.minimum(at + STRETCH, width))
+
+            def both() -> None:
+                clear(self.out, token, at, jnp.minimum(at + STRETCH, left))
+                clear(self.out, token, jnp.maximum(at, right), jnp.minimum(at + STRETCH, width))
+
+            # Most turns have nothing to clear, and all warps that compute are here once a job.
+            pl.when((at < left) | (jnp.minimum(at + STRETCH, width) > right))(both)
             return carry
 
         lax.fori_loop(0, -(-width // (STRETCH * turns)), stretch, jnp.int32(0))

@@ -1,0 +1,82 @@
+"""FP8 tiles made f16 for the matrix unit, 16 codes of a lane at once.
+
+Both forms lie in stripes of eight rows whose pieces of 16 bytes change places from row to row, as the matrix unit has
+it. Four lanes share the 64 codes of a row's stripe, so that what eight of them read or write at once is all banks of
+shared memory. What Pallas makes of the same words is three times as many instructions.
+"""
+
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_attn.runtime.mosaic import swizzled
+
+THREADS, LANES = 128, 4  # of a warpgroup; that share a row of a stripe
+ROWS = THREADS // LANES  # that are read at once
+CODES = 16  # of a lane
+STRIPE = LANES * CODES  # columns
+
+
+def widen(source, units: list, narrow, wide) -> None:
+    """The codes of `source` [64, n] in f16 to `units` [64, n / len(units)], in order: FP8 in stripes of 64 bytes, f16 in
+    stripes of 128. Every warp is done before with what reads the units; what writes them has to be committed."""
+    stripes, per_unit = source.shape[1] // STRIPE, source.shape[1] // STRIPE // len(units)
+    refs = plgpu.RefType(swizzled(narrow, STRIPE)), *[plgpu.RefType(swizzled(wide, 2 * STRIPE))] * len(units)
+
+    @plgpu.inline_mgpu(arg_types=refs)
+    def convert(_, source, *units):
+        thread = arith.remui(utils.thread_idx(), _int(THREADS))
+        row, piece = arith.divui(thread, _int(LANES)), arith.remui(thread, _int(LANES))
+        turn = arith.remui(row, _int(8))
+        eighth = arith.divui(row, _int(8))  # of 64 rows: a stripe of one is 512 bytes of codes
+        at = _sum(
+            arith.muli(eighth, _int(8 * STRIPE * stripes)), arith.muli(turn, _int(STRIPE)),
+            arith.muli(arith.xori(piece, arith.divui(turn, _int(2))), _int(CODES)),
+        )  # fmt: skip
+        first = arith.xori(arith.muli(piece, _int(2)), turn)
+        to = _sum(
+            arith.muli(eighth, _int(16 * STRIPE * per_unit)), arith.muli(turn, _int(2 * STRIPE)),
+            arith.muli(first, _int(CODES)),
+        )  # fmt: skip
+        codes = _plus(utils.memref_ptr(source), at)
+        places = [(_plus(utils.memref_ptr(unit), to), _plus(utils.memref_ptr(unit), arith.xori(to, _int(CODES))))
+                  for unit in units]  # fmt: skip
+        utils.warpgroup_barrier()
+        words = ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
+        for stripe in range(stripes):
+            unit, inside = divmod(stripe, per_unit)
+            for turn_ in range(64 // ROWS):
+                begin = 8 * STRIPE * (stripe + turn_ * (ROWS // 8) * stripes)
+                x = llvm.load(words, _plus(codes, begin), alignment=CODES)
+                begin = 16 * STRIPE * (inside + turn_ * (ROWS // 8) * per_unit)
+                for half, place in enumerate(places[unit]):
+                    pairs = [p for i in range(2) for p in _pairs(vector.extract(x, [], [2 * half + i]))]
+                    llvm.store(vector.from_elements(words, pairs), _plus(place, begin), alignment=CODES)
+
+    convert(source, *units)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own
+
+
+def _pairs(word) -> list:
+    """Four codes as two words of f16."""
+    i32 = ir.IntegerType.get_signless(32)
+    return list(utils.inline_ptx(
+        "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }",
+        word, result_types=(i32, i32),
+    ))  # fmt: skip
+
+
+def _sum(*numbers):
+    total, *others = numbers
+    for number in others:
+        total = arith.addi(total, number)
+    return total
+
+
+def _plus(pointer, offset):
+    offset = _int(offset) if isinstance(offset, int) else offset
+    return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
+
+
+def _int(x: int):
+    return arith.constant(ir.IntegerType.get_signless(32), x)
