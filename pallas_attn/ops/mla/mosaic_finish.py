@@ -135,21 +135,27 @@ def leave_rows(tile, out, row, real, chunk: int, columns) -> None:
 
 def leave_scales(p: Problem, form: Form, tile, out, row, real, chunk: int, group) -> None:
     """Write the scales [rows] of one group, in shared memory, to where the format has them."""
-    assert p.out_format is not None
-    row_order = p.out_format.order == "row"
     for at in range(0, tile.shape[0], chunk):
 
         def some(at=at) -> None:
-            token, head = lax.div(row + at, jnp.int32(form.heads)), lax.rem(row + at, jnp.int32(form.heads))
-            heads = pl.ds(head, chunk)
             scales = plgpu.load(tile.at[pl.ds(at, chunk)], layout=token_layout(chunk), optimized=False)
-            if packed(p):
-                word, byte = lax.div(group, jnp.int32(WORD)), lax.rem(group, jnp.int32(WORD))
-                scatter(out.at[heads, word, token, byte], as_stored(p, scales))
-            else:
-                scatter(out.at[token, heads, group] if row_order else out.at[heads, group, token], scales)
+            scatter_scales(p, form, scales, out, row + at, group)
 
         pl.when(at < real)(some)
+
+
+def scatter_scales(p: Problem, form: Form, scales, out, row, group) -> None:
+    """The same from registers, for rows of one token."""
+    assert p.out_format is not None
+    token, head = lax.div(row, jnp.int32(form.heads)), lax.rem(row, jnp.int32(form.heads))
+    heads = pl.ds(head, scales.shape[0])
+    if packed(p):
+        word, byte = lax.div(group, jnp.int32(WORD)), lax.rem(group, jnp.int32(WORD))
+        scatter(out.at[heads, word, token, byte], as_stored(p, scales))
+    elif p.out_format.order == "row":
+        scatter(out.at[token, heads, group], scales)
+    else:
+        scatter(out.at[heads, group, token], scales)
 
 
 def scatter(ref, x) -> None:

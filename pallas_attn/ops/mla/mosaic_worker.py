@@ -11,6 +11,7 @@ which is rounded and put in its place; else it is left in float32 for `mosaic_me
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.batch import TILE
-from pallas_attn.ops.mla.mosaic_finish import finish, groups, leave_rows, leave_scales
+from pallas_attn.ops.mla.mosaic_finish import finish, groups, leave_rows, leave_scales, scatter_scales
 from pallas_attn.ops.mla.mosaic_form import HALF, Form, Inputs, Segment, Sequence, find, segment, share
 from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import ACC, LOG2E, OVER_ROWS, ROWS, Layout, swizzled
@@ -28,14 +29,13 @@ from pallas_attn.runtime.mosaic_softmax import added, lifted, rescaled, summed
 
 FAR = -1e30  # stands for -inf in the running maximum: -inf less -inf is NaN
 PART = 128  # value columns that are finished together
+FACTOR, LSE = 2, 3  # rows of shared memory, after those of two tiles
 
 
 def state(p: Problem, form: Form) -> dict[str, Any]:
     """What the warpgroups tell each other, in shared memory."""
     return {
-        "alpha": plgpu.SMEM((2, ROWS), jnp.float32),
-        # What a row is multiplied by in the end, its LSE, and the cache's scale.
-        "row_tile": plgpu.SMEM((3, ROWS), jnp.float32),
+        "of_rows": plgpu.SMEM((4, ROWS), jnp.float32),  # alpha of two tiles; what to multiply by in the end, and the LSE
         "scale_tile": plgpu.SMEM((2, groups(p, HALF) or 1, ROWS), jnp.float32),
         "known": plgpu.SMEM((3, 3, 8), jnp.int32),  # by each warpgroup: of two sequences, and of its own share
         "q_ready": plgpu.Barrier(num_arrivals=2 * (ROWS // form.chunk)),
@@ -85,8 +85,7 @@ class Worker:
     partial: Any  # [2 workers, columns, 64, C]
     stats: Any  # [workers + B, columns, 64]
     interpret: Any
-    alpha: Any
-    row_tile: Any
+    of_rows: Any
     scale_tile: Any
     known: Any
     q_ready: Any
@@ -107,14 +106,13 @@ class Worker:
         form, x = self.form, self.x
         self.worker, self.column = lax.axis_index("worker"), lax.axis_index("column")
         self.role = lax.axis_index("role")
-        cache_scale = x.cache_scale[0]
-        self.scale = x.scale[0] * cache_scale * jnp.float32(LOG2E)
+        self.cache_scale = x.cache_scale[0]
+        self.scale = x.scale[0] * self.cache_scale * jnp.float32(LOG2E)
         total, each = share(x, form)
         start = jnp.minimum(self.worker * each, total)
         end = jnp.minimum(start + each, total)
         first, last = find(x, form, start, end - 1)
         own = first, start, end, jnp.where(end > start, last - first + 1, 0)
-        self.row_tile[2, 0] = cache_scale
         if x.before is None:  # the same for all of a warp, which has registers of its own for such numbers
             self.own = lambda n: own[n]
         else:
@@ -232,12 +230,12 @@ class Worker:
             top, total = loop(plain, s.count, loop(0, plain, state, masked=False), masked=True)
         total = summed(total, self.plain)
         some = jnp.where(total > 0, total, 1.0)
-        self.row_tile[0] = jnp.where(total > 0, 1.0 / some, 0.0) * self.row_tile[2, 0]
-        self.row_tile[1] = jnp.where(total > 0, top + jnp.log2(some), FAR)
+        self.of_rows[FACTOR] = jnp.where(total > 0, 1.0 / some, 0.0) * self.cache_scale
+        self.of_rows[LSE] = jnp.where(total > 0, top + jnp.log2(some), FAR)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.ended)
         s = self.segment(i)
-        plgpu.copy_smem_to_gmem(self.row_tile.at[1], self.stats.at[s.slot, self.column])
+        plgpu.copy_smem_to_gmem(self.of_rows.at[LSE], self.stats.at[s.slot, self.column])
         self.after_scores(s)
         plgpu.barrier_wait(self.p_free.at[lax.rem(s.count - 1, jnp.int32(2))])
         following()
@@ -259,7 +257,7 @@ class Worker:
         x = self.masked(s, t, x) if masked else x
         peak = lifted(x, None, top, self.plain)
         keep = jnp.exp2(top - peak)
-        self.alpha[slot] = keep
+        self.of_rows[slot] = keep
         plgpu.barrier_arrive(self.alpha_ready.at[slot])
         return peak, keep, jnp.exp2(x - spread(peak, TILE))
 
@@ -325,7 +323,7 @@ class Worker:
         self.after_values(s)
         following()
         plgpu.barrier_wait(self.ended)
-        factor = plgpu.load(self.row_tile.at[0], layout=OVER_ROWS, optimized=False)
+        factor = plgpu.load(self.of_rows.at[FACTOR], layout=OVER_ROWS, optimized=False)
         plgpu.barrier_arrive(self.taken)
         parts = [a[:, at : at + PART] for a in jax.tree.leaves(acc) for at in range(0, a.shape[1], PART)]
         parts = [a * spread(factor, PART) for a in parts]
@@ -339,7 +337,7 @@ class Worker:
         slot = lax.rem(t, jnp.int32(2))
         self.ready_values(s, t)
         plgpu.barrier_wait(self.alpha_ready.at[slot])
-        keep = plgpu.load(self.alpha.at[slot], layout=OVER_ROWS, optimized=False)
+        keep = plgpu.load(self.of_rows.at[slot], layout=OVER_ROWS, optimized=False)
         acc = jax.tree.map(lambda a: rescaled(a, keep, self.interpret is not None), acc)
         self.after_alpha(s, t)
         plgpu.barrier_wait(self.p_ready.at[slot])
@@ -366,12 +364,20 @@ class Worker:
         self.leave(values(), self.memory[-1], lambda tile, columns: leave_rows(
             tile, self.out, s.row, s.rows, self.form.chunk, columns
         ))  # fmt: skip
+        self.leave_groups(s, scales)
+
+    def leave_groups(self, s: Segment, scales: list) -> None:
+        """The scales of all groups of columns; through shared memory where rows are of several tokens."""
+        p, form, first = self.p, self.form, self.role * len(scales)
+        if form.chunk == ROWS and self.interpret is None:
+            for i, scale in enumerate(scales):
+                scatter_scales(p, form, scale, self.scales, s.row, first + i)
+            return
         for i, scale in enumerate(scales):  # every warp is done with the last ones
             self.scale_tile[self.role, i] = scale
         plgpu.commit_smem()
         for i in range(len(scales)):
-            tile, group = self.scale_tile.at[self.role, i], self.role * len(scales) + i
-            leave_scales(self.p, self.form, tile, self.scales, s.row, s.rows, self.form.chunk, group)
+            leave_scales(p, form, self.scale_tile.at[self.role, i], self.scales, s.row, s.rows, form.chunk, first + i)
 
     def leave_partial(self, s: Segment, parts: list) -> None:
         """The half's share of the result in float32."""
@@ -388,9 +394,9 @@ class Worker:
             if first:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()  # what was there has left, for every warp
-            some = [(first + i, stage.at[self.role, i]) for i in range(min(places, HALF // width - first))]
-            for _, tile in some:
-                tile[...] = next(pieces)
+            some = list(itertools.islice(pieces, places))
+            for i, piece in enumerate(some):
+                stage[self.role, i] = piece
             plgpu.commit_smem()
-            for number, tile in some:
-                copy(tile, pl.ds(self.role * HALF + number * width, width))
+            for i in range(len(some)):
+                copy(stage.at[self.role, i], pl.ds(self.role * HALF + (first + i) * width, width))

@@ -37,7 +37,7 @@ class Config(NamedTuple):
 
     computes: int = 4
     stages: int = 3
-    parts: int = 4
+    parts: int = 5  # does not divide the SMs, or some would have all jobs that are a block longer
     registers: tuple[int, int] = (112, 24)
 
 

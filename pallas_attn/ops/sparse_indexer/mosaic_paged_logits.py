@@ -29,7 +29,8 @@ FEW_TILES = 5  # of 64 tokens, of a worker
 
 
 class Config(NamedTuple):
-    """tile: tokens of a step. stages: tiles in flight. ctas: CTAs that share an SM."""
+    """tile: tokens of a step. stages: tiles in flight. ctas: CTAs that share an SM, of which all are to fit: what waits
+    for another to end is late where sequences are of many lengths."""
 
     tile: int = 128
     stages: int = 2
@@ -52,8 +53,8 @@ def choose(p: Problem) -> Config:
     """Big tiles where there is much to read, small ones where every worker has a few."""
     room = min(p.pages_per_seq * p.page_size, p.max_len)
     few = p.seqs * -(-room // 64) < FEW_TILES * 4 * SMS
-    tile, stages = (64, 4) if few else (128, 2)
-    return Config(tile, stages, max(min(4, SHARED // shared_bytes(p, Config(tile, stages))), 1))
+    tile, stages, ctas = (64, 4, 4) if few else (128, 2, 3 if most_rows(p) == 1 else 4)
+    return Config(tile, stages, max(min(ctas, SHARED // shared_bytes(p, Config(tile, stages))), 1))
 
 
 def run(p: Problem, *arrays, config: Config | None = None, early: bool = False):

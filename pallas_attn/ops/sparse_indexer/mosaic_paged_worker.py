@@ -12,7 +12,7 @@ from pallas_attn.ops.sparse_indexer.mosaic_parts import DIM, clear, factors, put
 from pallas_attn.ops.sparse_indexer.paged_logits.problem import Problem
 from pallas_attn.runtime.mosaic import ACC, OVER_COLUMNS, OVER_ROWS, Layout, token_layout
 
-FILL_TILES = 16  # of -inf that are one unit of work
+FILL_TILES = 32  # of -inf that are one unit of work: as many bytes as a tile
 
 
 def most_rows(p: Problem) -> int:
