@@ -149,9 +149,7 @@ class Sequence(NamedTuple):
     def completed(self, form: Form, b) -> "Sequence":
         """Sequence b with all its numbers."""
         known = b, jnp.int32(1), jnp.int32(b * form.tiles), jnp.int32((b + 1) * form.tiles), b
-        return Sequence(
-            self.kv_len, *(y if x is None else x for x, y in zip(self[1:6], known, strict=True)), *self[6:]
-        )
+        return Sequence(self.kv_len, *(y if x is None else x for x, y in zip(self[1:6], known, strict=True)), *self[6:])
 
     @property
     def tiles(self):

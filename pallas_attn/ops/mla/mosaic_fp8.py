@@ -26,6 +26,7 @@ PIECE = 64  # columns that are widened, or multiplied from registers, at once
 UNITS = 4  # of PART widened columns: two tiles of a warpgroup's half
 STAGES = 2  # tiles in flight
 PLACES = 2  # of weights
+LEAST = 2.0**-80  # stands for a scale that is 0
 WIDE = jnp.float16  # holds every FP8 value exactly
 
 
@@ -70,47 +71,75 @@ class Worker(mosaic_paged.Worker):
         self.fetch_halves(s, self.query, self.q_rope)
 
     def take_query(self, s: Segment):
-        """(pieces of the query in registers, what turns sums of codes into logits for either part)."""
+        """(pieces of the query in registers, what the rotary part's sums of codes are multiplied by to be like the
+        latent's, what turns those into logits)."""
         pieces = [self.query.at[half, :, pl.ds(at, PIECE)] for half in range(2) for at in range(0, HALF, PIECE)]
-        factors = [self.factor(s, scale) for scale in self.x.q_scales]
+        latent, rope = (self.own_scale(s, scale) for scale in self.x.q_scales)
+        latent = jnp.maximum(latent, LEAST)
         pieces = [self.in_registers(x, Layout.WGMMA_8BIT) for x in pieces]
-        return pieces, factors
+        return pieces, rope / latent, latent * self.scale
 
-    def factor(self, s: Segment, scale):
-        """A number, or one for each row [64, TILE]."""
+    def own_scale(self, s: Segment, scale):
+        """A number, or one for each row [64]."""
         if scale.shape == (1,):
-            return scale[0] * self.scale
-        rows = plgpu.load(scale.at[pl.ds(s.row, ROWS)], layout=OVER_ROWS, optimized=False)
-        return spread(rows * self.scale, TILE)
+            return scale[0]
+        return plgpu.load(scale.at[pl.ds(s.row, ROWS)], layout=OVER_ROWS, optimized=False)
 
-    def score_tile(self, s: Segment, query, t, state, masked: bool) -> tuple:
-        """Weights of one tile, up to one tile ahead of the values."""
-        self.wait_free(t - PLACES)
-        return super().score_tile(s, query, t, state, masked)
+    def score_tiles(self, s: Segment, query, state) -> tuple:
+        """Weights of all tiles; the products of the next one's logits are under way beside the softmax of each."""
+        plain = jnp.minimum(self.unmasked(s), s.count - 1)
 
-    def logits(self, s: Segment, query, t):
-        """S [64, TILE] to base 2; both parts of the query have scales of their own."""
-        slot, (pieces, factors) = lax.rem(t, jnp.int32(STAGES)), query
+        def loop(low, high, carry, masked: bool):
+            def step(t, carry):
+                x, state = carry
+                return self.logits(s, query, t + 1, lambda: self.soften(s, t, x, state, masked))
 
-        def multiply(latent, rope):
+            return lax.fori_loop(low, high, step, carry)
+
+        carry = self.logits(s, query, jnp.int32(0), lambda: state)
+        x, state = loop(plain, s.count - 1, loop(0, plain, carry, masked=False), masked=True)
+        return self.soften(s, s.count - 1, x, state, masked=True)
+
+    def logits(self, s: Segment, query, t, beside):
+        """(S [64, TILE] to base 2 of tile t, what `beside` gives, which is done meanwhile)."""
+        slot, (pieces, ratio, factor) = lax.rem(t, jnp.int32(STAGES)), query
+        times = lambda x, y: x * (y if jnp.ndim(y) == 0 else spread(y, TILE))  # noqa: E731
+
+        def rotary(acc):
+            plgpu.barrier_wait(self.ropes_ready.at[slot])
+            plgpu.wgmma(acc, self.q_rope, self.ropes.at[slot].transpose((1, 0)))
+            return times(acc[...], ratio)
+
+        def latent(acc):
             for half in range(2):
                 plgpu.barrier_wait(self.halves_ready.at[half * STAGES + slot])
                 for i, q in enumerate(pieces[4 * half : 4 * half + 4]):
-                    plgpu.wgmma(latent, q, self.halves.at[half, slot, :, pl.ds(i * PIECE, PIECE)].transpose((1, 0)))
-            plgpu.barrier_wait(self.ropes_ready.at[slot])
-            plgpu.wgmma(rope, self.q_rope, self.ropes.at[slot].transpose((1, 0)))
-            return latent[...], rope[...]
+                    plgpu.wgmma(acc, q, self.halves.at[half, slot, :, pl.ds(i * PIECE, PIECE)].transpose((1, 0)))
 
-        sums = pl.run_scoped(multiply, *[ACC((ROWS, TILE), jnp.float32)] * 2)
+        def multiply(acc):
+            acc[...] = rotary(acc)
+            latent(acc)
+            other = beside()
+            return acc[...], other
+
+        if self.interpret is None:
+            x, other = pl.run_scoped(multiply, ACC((ROWS, TILE), jnp.float32))
+        else:  # which cannot begin with a sum that is not 0
+            sums = [
+                pl.run_scoped(lambda acc, f=f: f(acc), ACC((ROWS, TILE), jnp.float32))
+                for f in (rotary, lambda a: latent(a) or a[...])
+            ]
+            x, other = sums[0] + sums[1], beside()
         pl.when(t + STAGES < s.count)(lambda: self.fetch_rope(s, t + STAGES))
-        return sums[0] * factors[0] + sums[1] * factors[1]
+        return times(x, factor), other
 
     def weights_at(self, t):
         """Two places by turns."""
         return self.p_tile.at[lax.rem(t, jnp.int32(PLACES))]
 
     def make_room(self, s: Segment, t) -> None:
-        """There is room since the tile's logits were begun."""
+        """Weights are up to one tile ahead of the values."""
+        self.wait_free(t - PLACES)
 
     def after_scores(self, s: Segment) -> None:
         """No phase of a barrier is passed over."""
