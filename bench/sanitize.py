@@ -1,8 +1,10 @@
 """`compute-sanitizer --tool memcheck python -m bench.sanitize`, or racecheck: a few cache writes, decodes and mixed
-steps, and small cases of the benchmark of the other kernels, each once and checked, while the tool watches every access
-to memory."""
+steps ("cells"), and small cases of the benchmark of the other kernels, each once and checked, while the tool watches
+every access to memory. A pattern names some of them: `python -m bench.sanitize "mla*"`."""
 
+import fnmatch
 import os
+import sys
 from typing import Any
 
 if __name__ == "__main__":
@@ -88,17 +90,18 @@ def distance(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got[seen] - want[seen]) / max(np.linalg.norm(want[seen]), 1e-30))
 
 
-def main() -> None:
-    """Every cell once; an error past that of the kernels' arithmetic is one."""
+def main(pattern: str = "*") -> None:
+    """Every cell once, and the small cases that a pattern names; an error past that of the kernels' arithmetic is
+    one."""
     backend = "mosaic" if jax.default_backend() == "gpu" else None
     if backend is None:
         print("no GPU here: the portable backend")
-    for cell in CELLS:
+    for cell in CELLS if fnmatch.fnmatch("cells", pattern) else []:
         error = run(cell, backend)
         format, layout, page_size, kv_heads, q_heads, dim, q_tokens, *_ = cell
         print(f"{format} {layout} {page_size} {q_heads}/{kv_heads} {dim} {q_tokens}: error {error:.1e}", flush=True)
         assert error < 4e-3
-    for kind, name in SMALL:
+    for kind, name in ((kind, name) for kind, name in SMALL if fnmatch.fnmatch(name, pattern)):
         case: Any = kind.all_cases()[name].small()
         error = compare(kind, case, backend)
         print(f"{case.name}: error {error:.1e}", flush=True)
@@ -106,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -93,8 +93,9 @@ class Worker(mosaic_paged.Worker):
         values = self.halves.at[self.role, slot]
         # The queries' warpgroup is done with the keys: what lies past the end may be cleared.
         pl.when((tile + 1) * TILE > s.seq.kv_len)(lambda: self.clear(s, tile, values))
+        pages = self.pages_of(s, t + 2)
         acc = add_product(acc, lambda a: plgpu.wgmma(a, self.ropes.at[slot], values), self.interpret)
-        pl.when(t + 2 < s.count)(lambda: self.fetch_half(s, t + 2))
+        pl.when(t + 2 < s.count)(lambda: self.fetch_half(s, t + 2, pages))
         return acc
 
     def clear(self, s: Segment, tile, values) -> None:

@@ -224,11 +224,12 @@ def segment(p: Problem, form: Form, seq: Sequence, b, worker, column, start, end
     return Segment(b, seq, worker, tile0, count, whole, seq.start * form.heads + column * ROWS, rows)
 
 
-def page_of(p: Problem, x: Inputs, s: Segment, tile, part: int):
-    """Page of a part of a tile, kept inside the table and the cache; the last real page past the end."""
-    column = lax.div(tile * TILE, jnp.int32(p.page_size)) + part
-    column = jnp.minimum(column, lax.div(jnp.maximum(s.seq.kv_len - 1, 0), jnp.int32(p.page_size)))
-    return jnp.clip(x.page_table[s.seq.pages, column], 0, p.pages - 1)
+def pages_of(p: Problem, x: Inputs, s: Segment, t) -> list:
+    """What the page table has for the parts of the segment's tile t; the last real page past the end."""
+    last = lax.div(jnp.maximum(s.seq.kv_len - 1, 0), jnp.int32(p.page_size))
+    first = lax.div((s.tile0 + t) * TILE, jnp.int32(p.page_size))
+    parts = range(max(TILE // p.page_size, 1))
+    return [x.page_table[s.seq.pages, jnp.minimum(first + part, last)] for part in parts]
 
 
 def inside(p: Problem, tile):

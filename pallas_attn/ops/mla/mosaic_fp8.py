@@ -1,8 +1,8 @@
 """MLA over FP8 pages with one scale for all, and an FP8 query: logits are products of FP8, values are widened to f16.
 
-The warpgroups of the values widen their halves themselves, in units of 128 columns: four for each, so that the next
-tile is widened while the products with this one are under way. Weights have two places: those of the next tile are
-there when these products end. The query stays in registers.
+The warpgroups of the values widen their halves themselves (`mosaic_widen`), the next tile while the products with this
+one are under way. Weights have two places: those of the next tile are there when these products end. The query stays
+in registers.
 """
 
 import dataclasses
@@ -18,15 +18,14 @@ from pallas_attn.ops.mla import mosaic_paged
 from pallas_attn.ops.mla.mosaic_form import HALF, Form, Segment
 from pallas_attn.ops.mla.mosaic_paged import ring
 from pallas_attn.ops.mla.mosaic_widen import widen
-from pallas_attn.ops.mla.mosaic_worker import PART, add_product, spread, state
+from pallas_attn.ops.mla.mosaic_worker import add_product, spread, state
 from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import ACC, OVER_ROWS, ROWS, Layout, swizzled
 
 PIECE = 64  # columns that are widened, or multiplied from registers, at once
 UNITS = 4  # of PART widened columns: two tiles of a warpgroup's half
 STAGES = 2  # tiles in flight
-PLACES = 2  # of weights
-LEAST = 2.0**-80  # stands for a scale that is 0
+PLACES = 2  # of weights, and of widened tiles
 WIDE = jnp.float16  # holds every FP8 value exactly
 
 
@@ -36,7 +35,7 @@ def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
     dtype = p.kv_format.dtype
     narrow = swizzled(dtype, PIECE)
     query = plgpu.SMEM((2, UNITS, ROWS, HALF), dtype, transforms=narrow)
-    wide = plgpu.SMEM((2, UNITS, TILE, PART), WIDE, transforms=swizzled(WIDE, PART))
+    wide = plgpu.SMEM((2, PLACES, TILE, HALF), WIDE, transforms=swizzled(WIDE, HALF))
     out = [(d, 4 // d.itemsize) for d in (jnp.dtype(jnp.float32), jnp.dtype(p.out_dtype))]
     results = [plgpu.SMEM((2, UNITS, n, ROWS, PIECE), d, transforms=swizzled(d, PIECE)) for d, n in out]
     return (
@@ -59,7 +58,7 @@ class Worker(mosaic_paged.Worker):
     p_tile: Any
 
     def __post_init__(self) -> None:
-        self.wide, query, partial, final = self.memory  # [half, unit, TILE, PART]
+        self.wide, query, partial, final = self.memory
         self.query = self.latent[0] if self.latent else query.at[:, 2]
         last = query.shape[1] - 1
         self.memory = [partial.at[:, last], final.at[:, last]]
@@ -71,75 +70,47 @@ class Worker(mosaic_paged.Worker):
         self.fetch_halves(s, self.query, self.q_rope)
 
     def take_query(self, s: Segment):
-        """(pieces of the query in registers, what the rotary part's sums of codes are multiplied by to be like the
-        latent's, what turns those into logits)."""
+        """(pieces of the query in registers, what turns sums of codes into logits for either part)."""
         pieces = [self.query.at[half, :, pl.ds(at, PIECE)] for half in range(2) for at in range(0, HALF, PIECE)]
-        latent, rope = (self.own_scale(s, scale) for scale in self.x.q_scales)
-        latent = jnp.maximum(latent, LEAST)
+        factors = [self.factor(s, scale) for scale in self.x.q_scales]
         pieces = [self.in_registers(x, Layout.WGMMA_8BIT) for x in pieces]
-        return pieces, rope / latent, latent * self.scale
+        return pieces, factors
 
-    def own_scale(self, s: Segment, scale):
-        """A number, or one for each row [64]."""
+    def factor(self, s: Segment, scale):
+        """A number, or one for each row [64, TILE]."""
         if scale.shape == (1,):
-            return scale[0]
-        return plgpu.load(scale.at[pl.ds(s.row, ROWS)], layout=OVER_ROWS, optimized=False)
+            return scale[0] * self.scale
+        rows = plgpu.load(scale.at[pl.ds(s.row, ROWS)], layout=OVER_ROWS, optimized=False)
+        return spread(rows * self.scale, TILE)
 
-    def score_tiles(self, s: Segment, query, state) -> tuple:
-        """Weights of all tiles; the products of the next one's logits are under way beside the softmax of each."""
-        plain = jnp.minimum(self.unmasked(s), s.count - 1)
+    def score_tile(self, s: Segment, query, t, state, masked: bool) -> tuple:
+        """Weights of one tile, up to one tile ahead of the values."""
+        self.wait_free(t - PLACES)
+        return super().score_tile(s, query, t, state, masked)
 
-        def loop(low, high, carry, masked: bool):
-            def step(t, carry):
-                x, state = carry
-                return self.logits(s, query, t + 1, lambda: self.soften(s, t, x, state, masked))
+    def logits(self, s: Segment, query, t):
+        """S [64, TILE] to base 2; both parts of the query have scales of their own."""
+        slot, (pieces, factors) = lax.rem(t, jnp.int32(STAGES)), query
 
-            return lax.fori_loop(low, high, step, carry)
-
-        carry = self.logits(s, query, jnp.int32(0), lambda: state)
-        x, state = loop(plain, s.count - 1, loop(0, plain, carry, masked=False), masked=True)
-        return self.soften(s, s.count - 1, x, state, masked=True)
-
-    def logits(self, s: Segment, query, t, beside):
-        """(S [64, TILE] to base 2 of tile t, what `beside` gives, which is done meanwhile)."""
-        slot, (pieces, ratio, factor) = lax.rem(t, jnp.int32(STAGES)), query
-        times = lambda x, y: x * (y if jnp.ndim(y) == 0 else spread(y, TILE))  # noqa: E731
-
-        def rotary(acc):
-            plgpu.barrier_wait(self.ropes_ready.at[slot])
-            plgpu.wgmma(acc, self.q_rope, self.ropes.at[slot].transpose((1, 0)))
-            return times(acc[...], ratio)
-
-        def latent(acc):
+        def multiply(latent, rope):
             for half in range(2):
                 plgpu.barrier_wait(self.halves_ready.at[half * STAGES + slot])
                 for i, q in enumerate(pieces[4 * half : 4 * half + 4]):
-                    plgpu.wgmma(acc, q, self.halves.at[half, slot, :, pl.ds(i * PIECE, PIECE)].transpose((1, 0)))
+                    plgpu.wgmma(latent, q, self.halves.at[half, slot, :, pl.ds(i * PIECE, PIECE)].transpose((1, 0)))
+            plgpu.barrier_wait(self.ropes_ready.at[slot])
+            plgpu.wgmma(rope, self.q_rope, self.ropes.at[slot].transpose((1, 0)))
+            return latent[...], rope[...]
 
-        def multiply(acc):
-            acc[...] = rotary(acc)
-            latent(acc)
-            other = beside()
-            return acc[...], other
-
-        if self.interpret is None:
-            x, other = pl.run_scoped(multiply, ACC((ROWS, TILE), jnp.float32))
-        else:  # which cannot begin with a sum that is not 0
-            sums = [
-                pl.run_scoped(lambda acc, f=f: f(acc), ACC((ROWS, TILE), jnp.float32))
-                for f in (rotary, lambda a: latent(a) or a[...])
-            ]
-            x, other = sums[0] + sums[1], beside()
+        sums = pl.run_scoped(multiply, *[ACC((ROWS, TILE), jnp.float32)] * 2)
         pl.when(t + STAGES < s.count)(lambda: self.fetch_rope(s, t + STAGES))
-        return times(x, factor), other
+        return sums[0] * factors[0] + sums[1] * factors[1]
 
     def weights_at(self, t):
         """Two places by turns."""
         return self.p_tile.at[lax.rem(t, jnp.int32(PLACES))]
 
     def make_room(self, s: Segment, t) -> None:
-        """Weights are up to one tile ahead of the values."""
-        self.wait_free(t - PLACES)
+        """There is room since the tile's logits were begun."""
 
     def after_scores(self, s: Segment) -> None:
         """No phase of a barrier is passed over."""
@@ -148,24 +119,23 @@ class Worker(mosaic_paged.Worker):
     # The warpgroups of the values
 
     def begin_values(self, s: Segment):
-        """Accumulators of two units, and the first tile widened."""
+        """The result so far, and the first tile widened."""
         self.widen(jnp.int32(0))
-        return self.zeros(PART), self.zeros(PART)
+        return self.zeros(HALF)
 
-    def unit(self, t, i):
-        """Where the i-th unit of tile t is widened to."""
-        return self.wide.at[self.role, lax.rem(2 * t + i, jnp.int32(UNITS))]
+    def widened(self, t):
+        """Where tile t is widened to."""
+        return self.wide.at[self.role, lax.rem(t, jnp.int32(PLACES))]
 
     def widen(self, t) -> None:
         """A tile in f16, once it is there."""
         slot = lax.rem(t, jnp.int32(STAGES))
         plgpu.barrier_wait(self.halves_ready.at[STAGES * self.role + slot])
-        tile, units = self.halves.at[self.role, slot], [self.unit(t, i) for i in range(2)]
+        tile = self.halves.at[self.role, slot]
         if self.interpret is None:
-            widen(tile, units, self.halves.dtype, WIDE)
+            widen(tile, self.widened(t), self.halves.dtype, WIDE)
         else:
-            for i, unit in enumerate(units):
-                unit[...] = tile[:, pl.ds(i * PART, PART)].astype(WIDE)
+            self.widened(t)[...] = tile[...].astype(WIDE)
         plgpu.commit_smem()
 
     def ready_values(self, s: Segment, t) -> None:
@@ -177,28 +147,26 @@ class Worker(mosaic_paged.Worker):
         a branch: nothing of it stands beside the code of all other tiles."""
         tile = s.tile0 + t
 
-        def one(i, carry):
+        def all_(_, carry):
             real = self.real_tokens(s, tile, Layout.WGMMA, (TILE, PIECE))
-            for at in range(0, PART, PIECE):
-                piece = self.unit(t, i).at[:, pl.ds(at, PIECE)]
+            for at in range(0, HALF, PIECE):
+                piece = self.widened(t).at[:, pl.ds(at, PIECE)]
                 x = plgpu.load(piece, layout=Layout.WGMMA)
                 piece[...] = jnp.where(real, x, jnp.zeros((), WIDE))
             plgpu.commit_smem()
             return carry
 
         partly = (tile + 1) * TILE > s.seq.kv_len
-        lax.fori_loop(0, jnp.where(partly, HALF // PART, 0), one, jnp.int32(0))
-
-    def after_alpha(self, s: Segment, t) -> None:
-        """The tile has been widened, and its logits are known: its place takes the one after the next."""
-        pl.when(t + STAGES < s.count)(lambda: self.fetch_half(s, t + STAGES))
+        lax.fori_loop(0, partly.astype(jnp.int32), all_, jnp.int32(0))
 
     def add_values(self, s: Segment, t, acc):
-        """`acc` plus weights times values; meanwhile the next tile is widened."""
+        """`acc` plus weights times values. Meanwhile the tile after the next is asked for, in the place of this one,
+        which has been widened and whose logits are known; and the next one is widened."""
+        pages = self.pages_of(s, t + STAGES)
 
-        def multiply(accs) -> None:
-            for i, a in enumerate(accs):
-                plgpu.wgmma(a, self.weights_at(t), self.unit(t, i))
+        def multiply(acc) -> None:
+            plgpu.wgmma(acc, self.weights_at(t), self.widened(t))
+            pl.when(t + STAGES < s.count)(lambda: self.fetch_half(s, t + STAGES, pages))
             pl.when(t + 1 < s.count)(lambda: self.widen(t + 1))
 
         return add_product(acc, multiply, self.interpret)

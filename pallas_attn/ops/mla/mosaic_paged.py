@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.batch import TILE
 from pallas_attn.ops.mla import mosaic_worker
-from pallas_attn.ops.mla.mosaic_form import HALF, LATENT, ROPE, Segment, inside, page_of
+from pallas_attn.ops.mla.mosaic_form import HALF, LATENT, ROPE, Segment, inside, pages_of
 from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import ROWS
 
@@ -50,21 +50,25 @@ class Worker(mosaic_worker.Worker):
     def fetch_rope(self, s: Segment, t) -> None:
         """Ask for the rotary part of a tile."""
         slot = lax.rem(t, jnp.int32(self.ropes.shape[0]))
-        self.fetch(s, t, LATENT, self.ropes.at[slot], self.ropes_ready.at[slot])
+        self.fetch(s, t, self.pages_of(s, t), LATENT, self.ropes.at[slot], self.ropes_ready.at[slot])
 
-    def fetch_half(self, s: Segment, t) -> None:
-        """Ask for the warpgroup's half of a tile."""
+    def pages_of(self, s: Segment, t) -> list:
+        """The pages of a tile, as the table has them; of one past the last tile they are some."""
+        return pages_of(self.p, self.x, s, t)
+
+    def fetch_half(self, s: Segment, t, pages: list | None = None) -> None:
+        """Ask for the warpgroup's half of a tile, whose pages may have been looked up before there is room for it."""
         stages = self.halves.shape[1]
         slot = lax.rem(t, jnp.int32(stages))
         ready = self.halves_ready.at[stages * self.role + slot]
-        self.fetch(s, t, self.role * HALF, self.halves.at[self.role, slot], ready)
+        self.fetch(s, t, pages or self.pages_of(s, t), self.role * HALF, self.halves.at[self.role, slot], ready)
 
-    def fetch(self, s: Segment, t, column, to, ready) -> None:
-        """Start the copies of some columns of the segment's tile t."""
-        p, tile = self.p, s.tile0 + t
-        size = min(p.page_size, TILE)
-        for j in range(TILE // size):
-            source = self.x.pages.at[page_of(p, self.x, s, tile, j), inside(p, tile), pl.ds(column, to.shape[1])]
+    def fetch(self, s: Segment, t, pages: list, column, to, ready) -> None:
+        """Start the copies of some columns of the segment's tile t, from pages that are kept inside the cache."""
+        p, size = self.p, TILE // len(pages)
+        for j, page in enumerate(pages):
+            page = jnp.clip(page, 0, p.pages - 1)
+            source = self.x.pages.at[page, inside(p, s.tile0 + t), pl.ds(column, to.shape[1])]
             plgpu.copy_gmem_to_smem(source, to.at[pl.ds(j * size, size)], ready)
 
     def fetch_query(self, s: Segment, latent, rope) -> None:

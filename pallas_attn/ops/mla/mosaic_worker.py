@@ -35,9 +35,7 @@ FACTOR, LSE = 2, 3  # rows of shared memory, after those of two tiles
 def state(p: Problem, form: Form) -> dict[str, Any]:
     """What the warpgroups tell each other, in shared memory."""
     return {
-        "of_rows": plgpu.SMEM(
-            (4, ROWS), jnp.float32
-        ),  # alpha of two tiles; what to multiply by in the end, and the LSE
+        "of_rows": plgpu.SMEM((4, ROWS), jnp.float32),  # alpha of two tiles, what to multiply by in the end, the LSE
         "scale_tile": plgpu.SMEM((2, groups(p, HALF) or 1, ROWS), jnp.float32),
         "known": plgpu.SMEM((3, 3, 8), jnp.int32),  # by each warpgroup: of two sequences, and of its own share
         "q_ready": plgpu.Barrier(num_arrivals=2 * (ROWS // form.chunk)),
@@ -218,8 +216,18 @@ class Worker:
         self.ask_query(s)
         self.look(i + 1)
         plgpu.barrier_wait(self.q_ready)
+        query = self.take_query(s)
+        plain = self.unmasked(s)
         zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), OVER_ROWS)
-        top, total = self.score_tiles(s, self.take_query(s), (zero + FAR, zero))
+        state = (zero + FAR, zero)
+
+        def loop(low, high, state, masked: bool):
+            return lax.fori_loop(low, high, lambda t, c: self.score_tile(s, query, t, c, masked), state)
+
+        if plain is None:
+            top, total = loop(0, s.count, state, masked=True)
+        else:
+            top, total = loop(plain, s.count, loop(0, plain, state, masked=False), masked=True)
         total = summed(total, self.plain)
         some = jnp.where(total > 0, total, 1.0)
         self.of_rows[FACTOR] = jnp.where(total > 0, 1.0 / some, 0.0) * self.cache_scale
@@ -234,21 +242,10 @@ class Worker:
         plgpu.barrier_wait(self.taken)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def score_tiles(self, s: Segment, query, state) -> tuple:
-        """Weights of all tiles; (maxima, sums) of the rows, from those before."""
-        plain = self.unmasked(s)
-
-        def loop(low, high, state, masked: bool):
-            return lax.fori_loop(low, high, lambda t, c: self.soften(s, t, self.logits(s, query, t), c, masked), state)
-
-        if plain is None:
-            return loop(0, s.count, state, masked=True)
-        return loop(plain, s.count, loop(0, plain, state, masked=False), masked=True)
-
-    def soften(self, s: Segment, t, x, state, masked: bool) -> tuple:
-        """Weights of tile t, of its logits."""
+    def score_tile(self, s: Segment, query, t, state, masked: bool) -> tuple:
+        """Weights of one tile."""
         top, total = state
-        peak, keep, weight = self.weights(s, t, x, top, masked)
+        peak, keep, weight = self.weights(s, t, self.logits(s, query, t), top, masked)
         self.leave_weights(s, t, weight)
         total = added(total * keep, weight, self.plain)
         self.after_weights(s, t)
@@ -309,9 +306,6 @@ class Worker:
     def ready_values(self, s: Segment, t) -> None:
         """What can be done for tile t before its weights are known."""
 
-    def after_alpha(self, s: Segment, t) -> None:
-        """What can be done for tile t once its logits are known."""
-
     def add_values(self, s: Segment, t, acc) -> Any:
         """`acc` plus weights times values of tile t."""
         raise NotImplementedError
@@ -321,8 +315,9 @@ class Worker:
 
     def weigh(self, i, s: Segment, following) -> None:
         """The segment's half of the value columns."""
+        acc = self.begin_values(s)
         self.look(i + 1)
-        acc = lax.fori_loop(0, s.count, lambda t, c: self.weigh_tile(s, t, c), self.begin_values(s))
+        acc = lax.fori_loop(0, s.count, lambda t, c: self.weigh_tile(s, t, c), acc)
         self.after_values(s)
         following()
         plgpu.barrier_wait(self.ended)
@@ -342,7 +337,6 @@ class Worker:
         plgpu.barrier_wait(self.alpha_ready.at[slot])
         keep = plgpu.load(self.of_rows.at[slot], layout=OVER_ROWS, optimized=False)
         acc = jax.tree.map(lambda a: rescaled(a, keep, self.interpret is not None), acc)
-        self.after_alpha(s, t)
         plgpu.barrier_wait(self.p_ready.at[slot])
         acc = self.add_values(s, t, acc)
         plgpu.barrier_arrive(self.p_free.at[slot])
