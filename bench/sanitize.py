@@ -69,9 +69,10 @@ def run(cell: tuple, backend: str | None) -> float:
 
 def compare(kind: Any, case: Any, backend: str | None) -> float:
     """Relative error of a small case to the portable backend on a CPU."""
-    args = kind.arguments(case)
-    got = kind.operation(case, backend)(*args)
-    want = kind.operation(case, "xla")(*jax.device_put(args, jax.devices("cpu")[0]))
+    with jax.default_device(jax.devices("cpu")[0]):
+        args = kind.arguments(case)
+        want = kind.operation(case, "xla")(*args)
+    got = kind.operation(case, backend)(*jax.device_put(args, jax.devices()[0]))
     return max(distance(x, y) for x, y in zip(numbers(got), numbers(want), strict=True))
 
 
