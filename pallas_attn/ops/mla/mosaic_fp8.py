@@ -83,53 +83,34 @@ class Worker(mosaic_paged.Worker):
         rows = plgpu.load(scale.at[pl.ds(s.row, ROWS)], layout=OVER_ROWS, optimized=False)
         return spread(rows * self.scale, TILE)
 
-    def score_tiles(self, s: Segment, query, state) -> tuple:
-        """Weights of all tiles: the next one's logits are under way beside the softmax of each."""
-        plain = jnp.minimum(self.unmasked(s), s.count - 1)
+    def score_tile(self, s: Segment, query, t, state, masked: bool) -> tuple:
+        """Weights of one tile, up to one tile ahead of the values."""
+        self.wait_free(t - PLACES)
+        return super().score_tile(s, query, t, state, masked)
 
-        def loop(low, high, carry, masked: bool):
-            def step(t, carry):
-                x, state = carry
-                return self.logits_beside(s, query, t + 1, lambda: self.soften(s, t, x, state, masked))
-
-            return lax.fori_loop(low, high, step, carry)
-
-        carry = self.logits_beside(s, query, jnp.int32(0), lambda: state)
-        x, state = loop(plain, s.count - 1, loop(0, plain, carry, masked=False), masked=True)
-        return self.soften(s, s.count - 1, x, state, masked=True)
-
-    def logits_beside(self, s: Segment, query, t, beside) -> tuple:
-        """(S [64, TILE] of tile t to base 2, what `beside` does while the latent's products are under way).
-
-        Both parts of the query have scales of their own. The rotary part's sums come after: there are no registers for
-        them before."""
+    def logits(self, s: Segment, query, t):
+        """S [64, TILE] to base 2; both parts of the query have scales of their own."""
         slot, (pieces, factors) = lax.rem(t, jnp.int32(STAGES)), query
 
-        def latent(acc):
+        def multiply(latent, rope):
             for half in range(2):
                 plgpu.barrier_wait(self.halves_ready.at[half * STAGES + slot])
                 for i, q in enumerate(pieces[4 * half : 4 * half + 4]):
-                    plgpu.wgmma(acc, q, self.halves.at[half, slot, :, pl.ds(i * PIECE, PIECE)].transpose((1, 0)))
-            other = beside()
-            rope = pl.run_scoped(rotary, ACC((ROWS, TILE), jnp.float32))
-            return acc[...], rope, other
-
-        def rotary(acc):
+                    plgpu.wgmma(latent, q, self.halves.at[half, slot, :, pl.ds(i * PIECE, PIECE)].transpose((1, 0)))
             plgpu.barrier_wait(self.ropes_ready.at[slot])
-            plgpu.wgmma(acc, self.q_rope, self.ropes.at[slot].transpose((1, 0)))
-            return acc[...]
+            plgpu.wgmma(rope, self.q_rope, self.ropes.at[slot].transpose((1, 0)))
+            return latent[...], rope[...]
 
-        sums, rope, other = pl.run_scoped(latent, ACC((ROWS, TILE), jnp.float32))
+        sums = pl.run_scoped(multiply, *[ACC((ROWS, TILE), jnp.float32)] * 2)
         pl.when(t + STAGES < s.count)(lambda: self.fetch_rope(s, t + STAGES))
-        return sums * factors[0] + rope * factors[1], other
+        return sums[0] * factors[0] + sums[1] * factors[1]
 
     def weights_at(self, t):
         """Two places by turns."""
         return self.p_tile.at[lax.rem(t, jnp.int32(PLACES))]
 
     def make_room(self, s: Segment, t) -> None:
-        """Weights are up to one tile ahead of the values."""
-        self.wait_free(t - PLACES)
+        """There is room since the tile's logits were begun."""
 
     def after_scores(self, s: Segment) -> None:
         """No phase of a barrier is passed over."""

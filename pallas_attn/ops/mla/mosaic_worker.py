@@ -216,8 +216,18 @@ class Worker:
         self.ask_query(s)
         self.look(i + 1)
         plgpu.barrier_wait(self.q_ready)
+        query = self.take_query(s)
+        plain = self.unmasked(s)
         zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), OVER_ROWS)
-        top, total = self.score_tiles(s, self.take_query(s), (zero + FAR, zero))
+        state = (zero + FAR, zero)
+
+        def loop(low, high, state, masked: bool):
+            return lax.fori_loop(low, high, lambda t, c: self.score_tile(s, query, t, c, masked), state)
+
+        if plain is None:
+            top, total = loop(0, s.count, state, masked=True)
+        else:
+            top, total = loop(plain, s.count, loop(0, plain, state, masked=False), masked=True)
         total = summed(total, self.plain)
         some = jnp.where(total > 0, total, 1.0)
         self.of_rows[FACTOR] = jnp.where(total > 0, 1.0 / some, 0.0) * self.cache_scale
@@ -232,21 +242,10 @@ class Worker:
         plgpu.barrier_wait(self.taken)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def score_tiles(self, s: Segment, query, state) -> tuple:
-        """Weights of all tiles; (maxima, sums) of the rows, from those before."""
-        plain = self.unmasked(s)
-
-        def loop(low, high, state, masked: bool):
-            return lax.fori_loop(low, high, lambda t, c: self.soften(s, t, self.logits(s, query, t), c, masked), state)
-
-        if plain is None:
-            return loop(0, s.count, state, masked=True)
-        return loop(plain, s.count, loop(0, plain, state, masked=False), masked=True)
-
-    def soften(self, s: Segment, t, x, state, masked: bool) -> tuple:
-        """Weights of tile t, of its logits."""
+    def score_tile(self, s: Segment, query, t, state, masked: bool) -> tuple:
+        """Weights of one tile."""
         top, total = state
-        peak, keep, weight = self.weights(s, t, x, top, masked)
+        peak, keep, weight = self.weights(s, t, self.logits(s, query, t), top, masked)
         self.leave_weights(s, t, weight)
         total = added(total * keep, weight, self.plain)
         self.after_weights(s, t)
