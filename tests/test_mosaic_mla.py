@@ -15,6 +15,7 @@ from pallas_attn.core.quantized import quantize
 from pallas_attn.ops.mla import mosaic
 from pallas_attn.ops.mla.mosaic_form import Inputs, Listed, form_of, owner, share
 from pallas_attn.ops.mla.problem import prepare
+from pallas_attn.runtime.mosaic import Layout, divide
 
 SCALE = 0.11
 S = jax.ShapeDtypeStruct
@@ -359,6 +360,26 @@ def test_a_static_scale_on_a_gpu(rng):
     (codes,) = runner(None)(*random.arguments(max_q_len=1), scale=SCALE, out=(pa.E4M3_STATIC, 0.01))
     want = quantize(jnp.asarray(random.expected(SCALE)[0], jnp.float32), pa.E4M3_STATIC, 0.01).values
     assert np.mean(np.asarray(codes, np.float32) != np.asarray(want, np.float32)) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["a scale", "its reciprocal", "ends"])
+def test_midrange_quotients_are_those_of_ieee(what, rng):
+    n = 4096
+    x = np.exp2(rng.uniform(-33, 127, n)).astype(np.float32)
+    y = np.full(n, 448, np.float32)
+    if what == "its reciprocal":
+        x, y = np.ones(n, np.float32), x / y
+    if what == "ends":
+        x[:4], y[:4] = (np.inf, 1, 0, np.nan), (448, np.inf, 448, 1)
+    layout = Layout.WG_STRIDED((n,), vec_size=1)
+
+    def body(x, y, out):
+        load = lambda ref: plgpu.load(ref, layout=layout, optimized=False)  # noqa: E731
+        out[...] = divide(load(x), load(y), layout, interpret=False, midrange=True)
+
+    got = plgpu.kernel(body, out_type=S((n,), jnp.float32))(x, y)
+    np.testing.assert_array_equal(np.asarray(got), x / y)
 
 
 MANY = {"q_lens": (1,) * 9, "kv_lens": (5000, 1, 64, 65, 3000, 700, 2, 128, 999)}

@@ -72,7 +72,9 @@ def divide(x: jax.Array, y: jax.Array, layout, interpret: bool, midrange: bool =
         arg_types=(layout, layout), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout)
     )
     def quotient(_, x, y):
-        some = lambda x, y: llvm.inline_asm(x.type, [x, y], MIDRANGE, "=f,f,f")  # noqa: E731
+        def some(*numbers):
+            return llvm.inline_asm(ir.F32Type.get(), numbers, MIDRANGE, "=f,f,f")
+
         return x._pointwise(FragmentedArray._lift_fast_instr(some if midrange else "div.rn.f32"), y)
 
     return quotient(x, y)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own

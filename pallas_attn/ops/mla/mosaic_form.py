@@ -148,8 +148,11 @@ class Sequence(NamedTuple):
 
     def completed(self, form: Form, b) -> "Sequence":
         """Sequence b with all its numbers."""
-        known = b, jnp.int32(1), jnp.int32(b * form.tiles), jnp.int32((b + 1) * form.tiles), b
-        return Sequence(self.kv_len, *(y if x is None else x for x, y in zip(self[1:6], known, strict=True)), *self[6:])
+        told = {
+            "start": b, "q_len": jnp.int32(1), "pages": b,
+            "begin": jnp.int32(b * form.tiles), "end": jnp.int32((b + 1) * form.tiles),
+        }  # fmt: skip
+        return self._replace(**{name: x for name, x in told.items() if getattr(self, name) is None})
 
     @property
     def tiles(self):
