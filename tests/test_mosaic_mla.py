@@ -69,7 +69,7 @@ PACKED = [pa.e4m3_group(group, ue8m0=True, order="tma", packed=True) for group i
 LOWERED = {
     "bf16": (("BF16", 128, 1, 64), {}),
     "listed": (("FP8_DS_MLA", 128, 1, 64), {"topk": pa.TopK(S((8, 2048), jnp.int32), slots=True)}),
-    "fp8": (("E4M3_TENSOR", 16, 4, 16), {"return_lse": True, "out": PACKED[0]}),
+    "fp8": (("E4M3_TENSOR", 16, 4, 16), {"return_lse": True, "out": PACKED[1]}),  # the most memory
     "looking up": (("FP8_DS_MLA", 128, 1, 64), {"topk": pa.TopK(S((8, 2048), jnp.int32))}),
 }
 MORE_LOWERED = {
@@ -77,7 +77,11 @@ MORE_LOWERED = {
     "positions": (("FP8_DS_MLA", 16, None, 64), {"topk": pa.TopK(S((8, 100), jnp.int32), S((8,), jnp.int32))}),
     "f16": (("F16", 12, 2, 128), {"out": jnp.float32}),
     "static": (("BF16", 1, 1, 32), {"out": (pa.E4M3_STATIC, 0.5)}),
-    "packed": (("BF16", 24, 2, 64), {"out": PACKED[1]}),
+    "packed": (("BF16", 24, 2, 64), {"out": PACKED[0]}),
+    "listed groups": (
+        ("FP8_DS_MLA", 16, 1, 64),
+        {"topk": pa.TopK(S((8, 100), jnp.int32), slots=True), "out": pa.e4m3_group(64)},
+    ),
     "in columns": (("E4M3_TENSOR", 16, 4, 16), {"return_lse": True, "out": pa.e4m3_group(128, order="tma")}),
     "groups": (("BF16", 128, 1, 256), {"out": pa.e4m3_group(64, ue8m0=True), "return_lse": True}),
     "fp8, 128 heads": (("E4M3_TENSOR", 128, 1, 64), {}),
