@@ -62,8 +62,8 @@ def divide(x: jax.Array, y: jax.Array, layout, interpret: bool, midrange: bool =
     """x / y in float32, rounded once. The division sign is not that in a kernel: XLA sets a flag for all of its process
     by which LLVM takes an approximate one.
 
-    midrange: x, y and their quotient are between 2^-100 and 2^120, or zero, infinite or NaN. The instruction has a call
-      for what is not, even where there is none, and its registers are kept free for it.
+    midrange: x is above 2^-100, y between that and 2^120, their quotient above 2^-120; or either is zero, infinite or
+      NaN. The instruction has a call for what is not, and registers are kept free for it even where there is none.
     """
     if interpret:
         return x / lax.optimization_barrier(y)  # or XLA multiplies by the reciprocal of a constant

@@ -85,7 +85,7 @@ class Worker(mosaic_paged.Worker):
     def begin_values(self, s: Segment):
         """The result so far, and the second tile asked for."""
         pl.when((s.count > 1) & (s.b != self.own(0)))(lambda: self.fetch_half(s, jnp.int32(1)))
-        return self.zeros(HALF)
+        return self.zeros()
 
     def add_values(self, s: Segment, t, acc):
         """`acc` plus weights times values."""

@@ -227,14 +227,6 @@ def segment(p: Problem, form: Form, seq: Sequence, b, worker, column, start, end
     return Segment(b, seq, worker, tile0, count, whole, seq.start * form.heads + column * ROWS, rows)
 
 
-def pages_of(p: Problem, x: Inputs, s: Segment, t) -> list:
-    """What the page table has for the parts of the segment's tile t; the last real page past the end."""
-    last = lax.div(jnp.maximum(s.seq.kv_len - 1, 0), jnp.int32(p.page_size))
-    first = lax.div((s.tile0 + t) * TILE, jnp.int32(p.page_size))
-    parts = range(max(TILE // p.page_size, 1))
-    return [x.page_table[s.seq.pages, jnp.minimum(first + part, last)] for part in parts]
-
-
 def inside(p: Problem, tile):
     """Slots of a page that a tile takes."""
     if p.page_size <= TILE:

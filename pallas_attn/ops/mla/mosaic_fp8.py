@@ -18,32 +18,31 @@ from pallas_attn.ops.mla import mosaic_paged
 from pallas_attn.ops.mla.mosaic_form import HALF, Form, Segment
 from pallas_attn.ops.mla.mosaic_paged import ring
 from pallas_attn.ops.mla.mosaic_widen import widen
-from pallas_attn.ops.mla.mosaic_worker import add_product, spread, state
+from pallas_attn.ops.mla.mosaic_worker import add_product, spread, stages, state
 from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import ACC, OVER_ROWS, ROWS, Layout, swizzled
 
 PIECE = 64  # columns that are widened, or multiplied from registers, at once
-UNITS = 4  # of PART widened columns: two tiles of a warpgroup's half
+QUARTERS = 4  # of the memory of a warpgroup's widened tiles
 STAGES = 2  # tiles in flight
 PLACES = 2  # of weights, and of widened tiles
 WIDE = jnp.float16  # holds every FP8 value exactly
 
 
 def scratch(p: Problem, form: Form, interpret) -> dict[str, Any]:
-    """Shared memory and barriers of a CTA. The last of the units is the query's until its first tile comes, and the
-    results' on their way out; the interpreter, which has no operands in registers, keeps the query apart."""
+    """Shared memory and barriers of a CTA. The second place of widened tiles is the query's until it is in registers,
+    and the results' on their way out: a quarter of the memory each. The interpreter, which has no operands in
+    registers, keeps the query apart."""
     dtype = p.kv_format.dtype
     narrow = swizzled(dtype, PIECE)
-    query = plgpu.SMEM((2, UNITS, ROWS, HALF), dtype, transforms=narrow)
+    query = plgpu.SMEM((2, QUARTERS, ROWS, HALF), dtype, transforms=narrow)
     wide = plgpu.SMEM((2, PLACES, TILE, HALF), WIDE, transforms=swizzled(WIDE, HALF))
-    out = [(d, 4 // d.itemsize) for d in (jnp.dtype(jnp.float32), jnp.dtype(p.out_dtype))]
-    results = [plgpu.SMEM((2, UNITS, n, ROWS, PIECE), d, transforms=swizzled(d, PIECE)) for d, n in out]
     return (
         state(p, form)
         | ring(p, narrow, STAGES)
         | {
             "q_ready": plgpu.Barrier(num_arrivals=3 * (ROWS // form.chunk)),
-            "memory": plgpu.RefUnion(wide, query, *results),
+            "memory": plgpu.RefUnion(wide, query, *stages(p, PIECE, (2, QUARTERS))),
             "latent": [] if interpret is None else [plgpu.SMEM((2, ROWS, HALF), dtype, transforms=narrow)],
             "p_tile": plgpu.SMEM((PLACES, ROWS, TILE), WIDE, transforms=swizzled(WIDE, TILE)),
         }
@@ -58,10 +57,9 @@ class Worker(mosaic_paged.Worker):
     p_tile: Any
 
     def __post_init__(self) -> None:
-        self.wide, query, partial, final = self.memory
-        self.query = self.latent[0] if self.latent else query.at[:, 2]
-        last = query.shape[1] - 1
-        self.memory = [partial.at[:, last], final.at[:, last]]
+        self.wide, query, *results = self.memory
+        self.query = self.latent[0] if self.latent else query.at[:, QUARTERS - 2]
+        self.memory = [x.at[:, QUARTERS - 1] for x in results]
 
     # The warpgroup of the queries
 
@@ -121,7 +119,7 @@ class Worker(mosaic_paged.Worker):
     def begin_values(self, s: Segment):
         """The result so far, and the first tile widened."""
         self.widen(jnp.int32(0))
-        return self.zeros(HALF)
+        return self.zeros()
 
     def widened(self, t):
         """Where tile t is widened to."""
@@ -139,15 +137,11 @@ class Worker(mosaic_paged.Worker):
         plgpu.commit_smem()
 
     def ready_values(self, s: Segment, t) -> None:
-        """The tile has been widened; nothing is past the end."""
-        self.clear(s, t)
-
-    def clear(self, s: Segment, t) -> None:
-        """Zeros in place of tokens that are not there: an unwritten slot may hold NaN, and 0 x NaN is NaN. A loop, not
-        a branch: nothing of it stands beside the code of all other tiles."""
+        """Zeros, in the tile as it has been widened, in place of tokens that are not there: an unwritten slot may hold
+        NaN, and 0 x NaN is NaN. A loop, not a branch: nothing of it stands beside the code of all other tiles."""
         tile = s.tile0 + t
 
-        def all_(_, carry):
+        def clear(_, carry):
             real = self.real_tokens(s, tile, Layout.WGMMA, (TILE, PIECE))
             for at in range(0, HALF, PIECE):
                 piece = self.widened(t).at[:, pl.ds(at, PIECE)]
@@ -157,7 +151,7 @@ class Worker(mosaic_paged.Worker):
             return carry
 
         partly = (tile + 1) * TILE > s.seq.kv_len
-        lax.fori_loop(0, partly.astype(jnp.int32), all_, jnp.int32(0))
+        lax.fori_loop(0, partly.astype(jnp.int32), clear, jnp.int32(0))
 
     def add_values(self, s: Segment, t, acc):
         """`acc` plus weights times values. Meanwhile the tile after the next is asked for, in the place of this one,

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
 
+from pallas_attn.ops.mla.mosaic_widen import beyond, number, pairs
 from pallas_attn.ops.mla.mosaic_worker import FAR
 from pallas_attn.runtime.mosaic import Layout, swizzled
 
@@ -38,9 +39,9 @@ def begin(turns, places: int) -> None:
     def start(_, turns):
         with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
             for place in range(places):
-                nvvm.mbarrier_init(_barrier(turns, place).get_ptr(), _int(1))
+                nvvm.mbarrier_init(_barrier(turns, place).get_ptr(), number(1))
             nvvm.fence_mbarrier_init()
-        memref.store(_int(0), turns, [_phases()])
+        memref.store(number(0), turns, [_phases()])
         utils.commit_shared()
 
     start(turns)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own
@@ -52,8 +53,8 @@ def wait(turns, place: int) -> None:
     @plgpu.inline_mgpu(arg_types=(REF,))
     def wait(_, turns):
         phases = memref.load(turns, [_phases()])
-        memref.store(arith.xori(phases, _int(1 << place)), turns, [_phases()])
-        phase = arith.shrui(phases, _int(place))
+        memref.store(arith.xori(phases, number(1 << place)), turns, [_phases()])
+        phase = arith.shrui(phases, number(place))
         _barrier(turns, place).wait_parity(arith.trunci(ir.IntegerType.get_signless(1), phase))
 
     wait(turns)  # type: ignore[reportCallIssue]
@@ -67,7 +68,7 @@ def read_slots(list_, first, listed, rows: int):
     def take(_, list_, first, listed):
         at, slot = _entry(list_, first, rows)
         return _per_thread(
-            arith.select(arith.cmpi(arith.CmpIPredicate.slt, at, listed.registers.item()), slot, _int(-1))
+            arith.select(arith.cmpi(arith.CmpIPredicate.slt, at, listed.registers.item()), slot, number(-1))
         )
 
     return take(list_, first, listed)  # type: ignore[reportCallIssue]
@@ -84,12 +85,12 @@ def look_up(list_, first, listed, rows: int, page_table, seq, context, pages: in
         real = arith.andi(
             arith.cmpi(below, at, listed.registers.item()), arith.cmpi(within, position, context.registers.item())
         )
-        position = arith.select(real, position, _int(0))
-        column = arith.divui(position, _int(page_size))
+        position = arith.select(real, position, number(0))
+        column = arith.divui(position, number(page_size))
         page = memref.load(page_table, [_index(seq.registers.item()), _index(column)])
-        page = arith.minsi(arith.maxsi(page, _int(0)), _int(pages - 1))
-        slot = arith.addi(arith.muli(page, _int(page_size)), arith.remui(position, _int(page_size)))
-        return _per_thread(arith.select(real, slot, _int(-1)))
+        page = arith.minsi(arith.maxsi(page, number(0)), number(pages - 1))
+        slot = arith.addi(arith.muli(page, number(page_size)), arith.remui(position, number(page_size)))
+        return _per_thread(arith.select(real, slot, number(-1)))
 
     return take(list_, page_table, first, listed, seq, context)  # type: ignore[reportCallIssue]
 
@@ -103,16 +104,16 @@ def gather(turns, place: int, landing, list_, cache, zeros, first, slots) -> Non
     @plgpu.inline_mgpu(arg_types=(*(REF,) * 5, NUMBER, SLOTS.layout))
     def ask(_, turns, landing, list_, cache, zeros, first, slots):
         lane, barrier = _lane(), _barrier(turns, place)
-        row = arith.addi(arith.muli(_warp(), _int(rows // WARPS)), lane)
+        row = arith.addi(arith.muli(_warp(), number(rows // WARPS)), lane)
         utils.warp_barrier()  # every lane has read what was there
         with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
             barrier.arrive_expect_tx(rows * size)
-        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, _int(rows // WARPS))):
+        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, number(rows // WARPS))):
             real, source = _source(slots, cache, size)
             source = arith.select(real, source, utils.memref_ptr(zeros))
             at = _index(arith.addi(first.registers.item(), row))
-            memref.store(arith.select(real, _int(SEEN), _int(UNSEEN)), list_, [at])
-            to = _plus(utils.memref_ptr(landing), arith.muli(row, _int(pitch)))
+            memref.store(arith.select(real, number(SEEN), number(UNSEEN)), list_, [at])
+            to = beyond(utils.memref_ptr(landing), arith.muli(row, number(pitch)))
             utils.inline_ptx(
                 f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], {size}, [$2];",
                 to, source, barrier.get_ptr(), has_side_effects=True,
@@ -145,13 +146,8 @@ def read_codes(landing, at: int, scales: int):
         most, wide = arith.constant(f32, MOST_SCALE), ir.VectorType.get((8,), f16)
         codes, widened = _loads(ir.VectorType.get((2,), i32), landing, at, 8), []
         for words, scale in zip(codes, _loads(f32, landing, scales, 0), strict=True):
-            pairs = []
-            for i in range(2):
-                pairs += utils.inline_ptx(
-                    "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }",
-                    vector.extract(words, [], [i]), result_types=(i32, i32),
-                )  # fmt: skip
-            x = vector.bitcast(wide, vector.from_elements(ir.VectorType.get((4,), i32), pairs))
+            both = [word for i in range(2) for word in pairs(vector.extract(words, [], [i]))]
+            x = vector.bitcast(wide, vector.from_elements(ir.VectorType.get((4,), i32), both))
             scale = arith.truncf(f16, arith.minimumf(scale, most))
             widened.append(arith.mulf(x, vector.broadcast(wide, scale)))
         return _array(like, widened)
@@ -189,16 +185,16 @@ def _array(like, vectors: list) -> FragmentedArray:
 def _loads(kind, landing, at: int, width: int) -> list:
     """What each lane has of its rows: `kind` from byte `at` of a row, `width` bytes further on from lane to lane."""
     rows, pitch = ir.MemRefType(landing.type).shape
-    row = arith.addi(arith.muli(_warp(), _int(rows // WARPS)), arith.divui(_lane(), _int(LANES)))
-    column = arith.muli(arith.remui(_lane(), _int(LANES)), _int(width))
-    first = _plus(utils.memref_ptr(landing), arith.addi(arith.muli(row, _int(pitch)), column))
-    return [llvm.load(kind, _plus(first, at + i * pitch), alignment=max(width, 4)) for i in range(0, rows // WARPS, 2)]
+    row = arith.addi(arith.muli(_warp(), number(rows // WARPS)), arith.divui(_lane(), number(LANES)))
+    column = arith.muli(arith.remui(_lane(), number(LANES)), number(width))
+    first = beyond(utils.memref_ptr(landing), arith.addi(arith.muli(row, number(pitch)), column))
+    return [llvm.load(kind, beyond(first, at + i * pitch), alignment=max(width, 4)) for i in range(0, rows // WARPS, 2)]
 
 
 def _entry(list_, first, rows: int) -> tuple:
     """(place, number) of the list's entry for the lane's row; lanes that ask for none repeat others."""
     some = rows // WARPS
-    row = arith.addi(arith.muli(_warp(), _int(some)), arith.remui(_lane(), _int(some)))
+    row = arith.addi(arith.muli(_warp(), number(some)), arith.remui(_lane(), number(some)))
     at = arith.addi(first.registers.item(), row)
     return at, memref.load(list_, [_index(at)])
 
@@ -213,36 +209,28 @@ def _source(slots, cache, size: int) -> tuple:
     """(whether the thread's slot is one, where its row is)."""
     i64 = ir.IntegerType.get_signless(64)
     slot = vector.extract(slots.registers.item(), [], [0])
-    real = arith.cmpi(arith.CmpIPredicate.ult, slot, _int(ir.MemRefType(cache.type).shape[0]))
-    return real, _plus(utils.memref_ptr(cache), arith.muli(arith.extui(i64, slot), arith.constant(i64, size)))
+    real = arith.cmpi(arith.CmpIPredicate.ult, slot, number(ir.MemRefType(cache.type).shape[0]))
+    return real, beyond(utils.memref_ptr(cache), arith.muli(arith.extui(i64, slot), arith.constant(i64, size)))
 
 
 def _barrier(turns, place: int):
-    return utils.BarrierRef(utils.memref_ptr(turns), _int(place), None, 1)  # type: ignore[reportArgumentType]
+    return utils.BarrierRef(utils.memref_ptr(turns), number(place), None, 1)  # type: ignore[reportArgumentType]
 
 
 def _phases():
     """Where the thread's phases are, a bit for each place."""
-    thread = arith.remui(utils.thread_idx(), _int(THREADS))
-    return _index(arith.addi(thread, _int(THREADS)))
+    thread = arith.remui(utils.thread_idx(), number(THREADS))
+    return _index(arith.addi(thread, number(THREADS)))
 
 
 def _index(x):
     return arith.index_cast(ir.IndexType.get(), x)
 
 
-def _plus(pointer, offset):
-    return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
-
-
-def _int(x: int):
-    return arith.constant(ir.IntegerType.get_signless(32), x)
-
-
 def _lane():
-    return arith.remui(utils.thread_idx(), _int(32))
+    return arith.remui(utils.thread_idx(), number(32))
 
 
 def _warp():
     """The warp's number in its warpgroup."""
-    return arith.remui(arith.divui(utils.thread_idx(), _int(32)), _int(WARPS))
+    return arith.remui(arith.divui(utils.thread_idx(), number(32)), number(WARPS))

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_attn.core.batch import TILE
 from pallas_attn.ops.mla import mosaic_worker
-from pallas_attn.ops.mla.mosaic_form import HALF, LATENT, ROPE, Segment, inside, pages_of
+from pallas_attn.ops.mla.mosaic_form import HALF, LATENT, ROPE, Segment, inside
 from pallas_attn.ops.mla.problem import Problem
 from pallas_attn.runtime.mosaic import ROWS
 
@@ -53,8 +53,11 @@ class Worker(mosaic_worker.Worker):
         self.fetch(s, t, self.pages_of(s, t), LATENT, self.ropes.at[slot], self.ropes_ready.at[slot])
 
     def pages_of(self, s: Segment, t) -> list:
-        """The pages of a tile, as the table has them; of one past the last tile they are some."""
-        return pages_of(self.p, self.x, s, t)
+        """The pages of a tile's parts, as the table has them; the last real page past the end."""
+        last = lax.div(jnp.maximum(s.seq.kv_len - 1, 0), jnp.int32(self.p.page_size))
+        first = lax.div((s.tile0 + t) * TILE, jnp.int32(self.p.page_size))
+        parts = range(max(TILE // self.p.page_size, 1))
+        return [self.x.page_table[s.seq.pages, jnp.minimum(first + part, last)] for part in parts]
 
     def fetch_half(self, s: Segment, t, pages: list | None = None) -> None:
         """Ask for the warpgroup's half of a tile, whose pages may have been looked up before there is room for it."""

@@ -308,7 +308,7 @@ class Worker(mosaic_worker.Worker):
     def begin_values(self, s: Segment):
         """The result so far, and the first tile widened."""
         self.widen(s, jnp.int32(0))
-        return self.zeros(HALF)
+        return self.zeros()
 
     def ready_values(self, s: Segment, t) -> None:
         """The place of the last tile is free: for the next one."""

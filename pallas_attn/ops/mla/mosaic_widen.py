@@ -29,38 +29,38 @@ def widen(source, target, narrow, wide) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled(narrow, STRIPE)), plgpu.RefType(swizzled(wide, 2 * STRIPE))))
     def convert(_, source, target):
-        thread = arith.remui(utils.thread_idx(), _int(THREADS))
-        row, piece = arith.divui(thread, _int(LANES)), arith.remui(thread, _int(LANES))
-        turn = arith.remui(row, _int(8))
-        eighth = arith.divui(row, _int(8))  # of 64 rows: a stripe of one is 512 bytes of codes
+        thread = arith.remui(utils.thread_idx(), number(THREADS))
+        row, piece = arith.divui(thread, number(LANES)), arith.remui(thread, number(LANES))
+        turn = arith.remui(row, number(8))
+        eighth = arith.divui(row, number(8))  # of 64 rows: a stripe of one is 512 bytes of codes
         at = _sum(
-            arith.muli(eighth, _int(8 * STRIPE * stripes)), arith.muli(turn, _int(STRIPE)),
-            arith.muli(arith.xori(piece, arith.divui(turn, _int(2))), _int(CODES)),
+            arith.muli(eighth, number(8 * STRIPE * stripes)), arith.muli(turn, number(STRIPE)),
+            arith.muli(arith.xori(piece, arith.divui(turn, number(2))), number(CODES)),
         )  # fmt: skip
-        first = arith.xori(arith.muli(piece, _int(2)), turn)
+        first = arith.xori(arith.muli(piece, number(2)), turn)
         to = _sum(
-            arith.muli(eighth, _int(16 * STRIPE * stripes)), arith.muli(turn, _int(2 * STRIPE)),
-            arith.muli(first, _int(CODES)),
+            arith.muli(eighth, number(16 * STRIPE * stripes)), arith.muli(turn, number(2 * STRIPE)),
+            arith.muli(first, number(CODES)),
         )  # fmt: skip
-        codes, target = _plus(utils.memref_ptr(source), at), utils.memref_ptr(target)
-        places = _plus(target, to), _plus(target, arith.xori(to, _int(CODES)))
+        codes, target = beyond(utils.memref_ptr(source), at), utils.memref_ptr(target)
+        places = beyond(target, to), beyond(target, arith.xori(to, number(CODES)))
         utils.warpgroup_barrier()
         words = ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
         # Some loads are ahead of the stores: the compiler, which cannot tell their memory apart, leaves the order.
         begins = [8 * STRIPE * (i + j * (ROWS // 8) * stripes) for i in range(stripes) for j in range(64 // ROWS)]
-        loads = (llvm.load(words, _plus(codes, begin), alignment=CODES) for begin in begins)
+        loads = (llvm.load(words, beyond(codes, begin), alignment=CODES) for begin in begins)
         ahead = collections.deque(itertools.islice(loads, AHEAD))
         for begin in begins:
             x = ahead.popleft()
             for half, place in enumerate(places):
-                pairs = [p for i in range(2) for p in _pairs(vector.extract(x, [], [2 * half + i]))]
-                llvm.store(vector.from_elements(words, pairs), _plus(place, 2 * begin), alignment=CODES)
+                f16 = [word for i in range(2) for word in pairs(vector.extract(x, [], [2 * half + i]))]
+                llvm.store(vector.from_elements(words, f16), beyond(place, 2 * begin), alignment=CODES)
             ahead.extend(itertools.islice(loads, 1))
 
     convert(source, target)  # type: ignore[reportCallIssue]  # the first parameter is the compiler's own
 
 
-def _pairs(word) -> list:
+def pairs(word) -> list:
     """Four codes as two words of f16."""
     i32 = ir.IntegerType.get_signless(32)
     return list(utils.inline_ptx(
@@ -76,10 +76,12 @@ def _sum(*numbers):
     return total
 
 
-def _plus(pointer, offset):
-    offset = _int(offset) if isinstance(offset, int) else offset
+def beyond(pointer, offset):
+    """A pointer so many bytes further on."""
+    offset = number(offset) if isinstance(offset, int) else offset
     return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
 
 
-def _int(x: int):
+def number(x: int):
+    """An int32 of MLIR's."""
     return arith.constant(ir.IntegerType.get_signless(32), x)

@@ -62,15 +62,13 @@ def spread(row, columns: int):
 def add_product(acc, multiply, interpret):
     """`acc` plus the products that `multiply` starts. The interpreter cannot begin with a sum that is not 0."""
     if interpret is None:
-        return pl.run_state(multiply)(jax.tree.map(ACC.init, acc))
+        return pl.run_state(multiply)(ACC.init(acc))
 
-    def apart(*refs):
-        multiply(refs[0] if len(refs) == 1 else refs)
-        return tuple(r[...] for r in refs)
+    def apart(ref):
+        multiply(ref)
+        return ref[...]
 
-    leaves, tree = jax.tree.flatten(acc)
-    new = pl.run_scoped(apart, *(ACC(x.shape, jnp.float32) for x in leaves))
-    return jax.tree.unflatten(tree, [x + y for x, y in zip(leaves, new, strict=True)])
+    return acc + pl.run_scoped(apart, ACC(acc.shape, jnp.float32))
 
 
 @dataclasses.dataclass
@@ -132,14 +130,14 @@ class Worker:
         begins, and what all three warpgroups leave in local memory is not found in the L1 any more: so numbers wait
         in shared memory, and are read again after a loop over tiles."""
         b = jnp.clip(self.own(0) + i, 0, self.form.seqs - 1)
-        numbers, self.shape = jax.tree.flatten(Sequence.read(self.p, self.form, self.x, b))
+        numbers, self.fields = jax.tree.flatten(Sequence.read(self.p, self.form, self.x, b))
         self.remember(lax.rem(i, jnp.int32(2)), numbers)
 
     def segment(self, i) -> Segment:
         """The worker's i-th sequence, which it has looked at."""
         place = lax.rem(i, jnp.int32(2))
-        numbers = [self.known[self.role, place, n] for n in range(self.shape.num_leaves)]
-        seq = jax.tree.unflatten(self.shape, numbers)
+        numbers = [self.known[self.role, place, n] for n in range(self.fields.num_leaves)]
+        seq = jax.tree.unflatten(self.fields, numbers)
         first, start, end = map(self.own, range(3))
         return segment(self.p, self.form, seq, first + i, self.worker, self.column, start, end)
 
@@ -291,16 +289,16 @@ class Worker:
 
     # The warpgroups of the values
 
-    def zeros(self, columns: int):
-        """An accumulator."""
-        return plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), Layout.WGMMA)
+    def zeros(self):
+        """A result that nothing has been added to."""
+        return plgpu.layout_cast(jnp.zeros((ROWS, HALF), jnp.float32), Layout.WGMMA)
 
     def prime_values(self, s: Segment) -> None:
         """Ask for the first tiles of a segment, as far as these warpgroups do."""
         raise NotImplementedError
 
     def begin_values(self, s: Segment) -> Any:
-        """Accumulators of zeros for the half's columns, in order."""
+        """`zeros`, and what else a segment begins with."""
         raise NotImplementedError
 
     def ready_values(self, s: Segment, t) -> None:
@@ -323,8 +321,7 @@ class Worker:
         plgpu.barrier_wait(self.ended)
         factor = plgpu.load(self.of_rows.at[FACTOR], layout=OVER_ROWS, optimized=False)
         plgpu.barrier_arrive(self.taken)
-        parts = [a[:, at : at + PART] for a in jax.tree.leaves(acc) for at in range(0, a.shape[1], PART)]
-        parts = [a * spread(factor, PART) for a in parts]
+        parts = [acc[:, at : at + PART] * spread(factor, PART) for at in range(0, HALF, PART)]
         s = self.segment(i)
         pl.when(s.whole)(lambda: self.leave_result(s, parts))
         pl.when(~s.whole)(lambda: self.leave_partial(s, parts))
@@ -336,7 +333,7 @@ class Worker:
         self.ready_values(s, t)
         plgpu.barrier_wait(self.alpha_ready.at[slot])
         keep = plgpu.load(self.of_rows.at[slot], layout=OVER_ROWS, optimized=False)
-        acc = jax.tree.map(lambda a: rescaled(a, keep, self.interpret is not None), acc)
+        acc = rescaled(acc, keep, self.interpret is not None)
         plgpu.barrier_wait(self.p_ready.at[slot])
         acc = self.add_values(s, t, acc)
         plgpu.barrier_arrive(self.p_free.at[slot])
